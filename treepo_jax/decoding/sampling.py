@@ -1,0 +1,61 @@
+"""Logits to a token and its log-prob, with a draw that depends on identity alone.
+
+Axes: Q rows, V vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+BLOCK = 128  # tokens of a block in the two-level inverse of the distribution function
+
+
+def row_keys(key: jax.Array, prompt_id: Int[Array, "*q"], node: Int[Array, "*q"]) -> jax.Array:
+  """Returns a key a row, folded from the prompt's identity and the node's row in its tree."""
+  fold = jax.random.fold_in
+  one = lambda i, n: fold(fold(key, i), n)
+  flat = jax.vmap(one)(prompt_id.reshape(-1), node.reshape(-1))
+  return flat.reshape(prompt_id.shape)
+
+
+def uniform(keys: jax.Array, step: Int[Array, ""]) -> Float[Array, "*q"]:
+  """Returns one number in [0, 1) a row, for the token at `step` of its segment."""
+  one = lambda key: jax.random.uniform(jax.random.fold_in(key, step))
+  return jax.vmap(one)(keys.reshape(-1)).reshape(keys.shape)
+
+
+@functools.partial(jax.vmap, in_axes=(0, 0, None, None))
+def draw(
+  logits: Float[Array, "v"],
+  uniform: Float[Array, ""],
+  temperature: float,
+  vocabulary: int,
+) -> tuple[Int[Array, ""], Float[Array, ""]]:
+  """Returns a token drawn from softmax(logits / temperature) and its log-prob at temperature 1.
+
+  Inverts the cumulative distribution: one uniform number a token instead of one a vocabulary
+  entry (Gumbel's way). The inverse is taken in two levels, blocks and then tokens of the block, so
+  that the full cumulative sum is never formed. Tokens from `vocabulary` on (padding of the
+  embedding beyond the tokenizer) are never drawn; the log-prob is the raw policy's.
+  """
+  size = logits.shape[0]
+  top = logits.max()
+  weight = jnp.exp((logits - top) / temperature)
+  weight = jnp.where(jnp.arange(size) < vocabulary, weight, 0)
+  weight = jnp.pad(weight, (0, -size % BLOCK)).reshape(-1, BLOCK)
+  mass = weight.sum(-1)
+  upto = jnp.cumsum(mass)
+  target = uniform * upto[-1]
+  block = jnp.minimum((upto <= target).sum(), _last(mass))
+  inside = weight[block]
+  rest = target - (upto[block] - mass[block])
+  place = jnp.minimum((jnp.cumsum(inside) <= rest).sum(), _last(inside))
+  token = (block * BLOCK + place).astype(jnp.int32)
+  return token, logits[token] - jax.nn.logsumexp(logits)
+
+
+def _last(weight: Float[Array, "n"]) -> Int[Array, ""]:
+  """Returns the last index with any weight: rounding must not step past it."""
+  return jnp.max(jnp.where(weight > 0, jnp.arange(weight.shape[0]), 0))

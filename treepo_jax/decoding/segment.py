@@ -1,0 +1,245 @@
+"""The jitted segment decoder over shared pages.
+
+All rows of a call start together and take one token a step, so the step is common: a segment's own
+keys and values lie in a small buffer indexed by it and go to the pool as whole pages at the end.
+
+Row i of a node's pages holds the keys and values of the token *fed* at step i: first the last token
+before the node, then the node's own but for its last, which its children feed. So every sampled
+token costs one forward pass, and none is ever repeated to open a branch.
+
+Axes: G groups, M rows of a group (all of one tree), U shared pages of a group, J pages of a
+segment, S tokens of a segment, N layers, K key-value heads, D head size, T tokens of a page,
+V vocabulary, A automaton states.
+"""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Int8, UInt32
+
+from treepo_jax.decoding import pages as pages_lib
+from treepo_jax.decoding import sampling, stopping
+from treepo_jax.model import transformer
+
+CONTINUES, AT_EOS, AT_ANSWER = 0, 1, 2  # Segment.stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What of the decoder is fixed at compilation."""
+
+  segment: int
+  temperature: float
+  vocabulary: int  # tokens of the tokenizer; logits beyond are never drawn
+  eos_ids: tuple[int, ...]
+  closed: int  # automaton state of a closed \\boxed{...}; -1: do not stop there
+  unroll: bool
+
+
+@chex.dataclass(frozen=True)
+class Rows:
+  """What is to be decoded.
+
+  Attributes:
+    live: whether the row is in use.
+    last: the token before the segment, fed first.
+    position: position of `last` in its trajectory, prompt included.
+    state: automaton state after `last`.
+    prompt_id, node: identity of the draws.
+    pages: where the segment's keys and values go; NO_PAGE drops them.
+    context: shared pages of the group, NO_PAGE where fewer.
+    start: first valid token of each context page (prompts are padded on the left).
+    sees: whether the page holds an ancestor of the row.
+  """
+
+  live: Bool[Array, "g m"]
+  last: Int[Array, "g m"]
+  position: Int[Array, "g m"]
+  state: Int[Array, "g m"]
+  prompt_id: UInt32[Array, "g m"]
+  node: Int[Array, "g m"]
+  pages: Int[Array, "g m j"]
+  context: Int[Array, "g u"]
+  start: Int[Array, "g u"]
+  sees: Bool[Array, "g m u"]
+
+
+@chex.dataclass(frozen=True)
+class Segment:
+  """What was decoded.
+
+  Attributes:
+    tokens, log_probs: of the sampled tokens, 0 beyond length.
+    length: tokens sampled; 0 for rows not in use.
+    state: automaton state at the end.
+    stop: CONTINUES, AT_EOS or AT_ANSWER.
+    steps: steps run until the last row ended.
+    read_shared: tokens whose keys and values were read, each context page once a group and step.
+    read_flat: the same were each row to read its own path.
+  """
+
+  tokens: Int[Array, "g m s"]
+  log_probs: Float[Array, "g m s"]
+  length: Int[Array, "g m"]
+  state: Int[Array, "g m"]
+  stop: Int[Array, "g m"]
+  steps: Int[Array, ""]
+  read_shared: Float[Array, ""]
+  read_flat: Float[Array, ""]
+
+
+def nothing(shape: tuple[int, int], segment: int) -> Segment:
+  """Returns the segment of rows that decoded nothing."""
+  zero, none = jnp.zeros(shape, jnp.int32), jnp.zeros((*shape, segment))
+  count = jnp.zeros(())
+  return Segment(
+    tokens=none.astype(jnp.int32),
+    log_probs=none,
+    length=zero,
+    state=zero,
+    stop=zero,
+    steps=count.astype(jnp.int32),
+    read_shared=count,
+    read_flat=count,
+  )
+
+
+def decode(
+  pool: pages_lib.Pool,
+  rows: Rows,
+  params: dict,
+  table: Int8[Array, "a v"],
+  key: jax.Array,
+  *,
+  graph: nnx.GraphDef,
+  settings: Settings,
+) -> tuple[pages_lib.Pool, Segment]:
+  """Decodes one segment for every live row and writes its pages.
+
+  Stops when every row has reached EOS, closed its box or filled the segment. Nothing here waits
+  for the host. `key` is folded from seed and step; the rest of a draw's identity is in `rows`.
+  """
+  model = nnx.merge(graph, params)
+  blocks = transformer.unstack(graph, params) if settings.unroll else None
+  visible = _visible(rows, pool.key.shape[3])
+  context = transformer.Context(
+    key=_gather(pool.key, rows.context, settings.unroll),
+    value=_gather(pool.value, rows.context, settings.unroll),
+    visible=visible,
+  )
+  keys = sampling.row_keys(key, rows.prompt_id, rows.node)
+  shape = rows.live.shape
+
+  def running(carry):
+    step, alive = carry[0], carry[1]
+    return (step < settings.segment) & alive.any()
+
+  def body(carry):
+    step, alive, last, state, own, out = carry
+    hidden, own = transformer.decode_step(
+      model, blocks, last, rows.position + step, context, own, step
+    )
+    logits = model.logits(hidden).reshape(-1, model.arch.vocab_size)
+    noise = sampling.uniform(keys, step).reshape(-1)
+    token, log_prob = sampling.draw(logits, noise, settings.temperature, settings.vocabulary)
+    token, log_prob = token.reshape(shape), log_prob.reshape(shape)
+    state = jnp.where(alive, table[state, token].astype(jnp.int32), state)
+    eos = stopping.is_any(token, settings.eos_ids)
+    stop = jnp.where(eos, AT_EOS, jnp.where(state == settings.closed, AT_ANSWER, CONTINUES))
+    out = {
+      "tokens": out["tokens"].at[..., step].set(jnp.where(alive, token, 0)),
+      "log_probs": out["log_probs"].at[..., step].set(jnp.where(alive, log_prob, 0)),
+      "length": out["length"] + alive,
+      "stop": jnp.where(alive, stop, out["stop"]),
+    }
+    return step + 1, alive & (stop == CONTINUES), token, state, own, out
+
+  empty = nothing(shape, settings.segment)
+  out = {name: empty[name] for name in ("tokens", "log_probs", "length", "stop")}
+  own = _buffers(pool, shape, settings)
+  carry = (jnp.zeros((), jnp.int32), rows.live, rows.last, rows.state, own, out)
+  steps, _, _, state, own, out = jax.lax.while_loop(running, body, carry)
+  length = out["length"].astype(jnp.float32)
+  inner = (length * (length + 1) / 2).sum()
+  group_tokens = visible.any(1).sum(-1).astype(jnp.float32)
+  segment = Segment(
+    state=state,
+    steps=steps,
+    read_shared=(length.max(1) * group_tokens).sum() + inner,
+    read_flat=(length * visible.sum(-1)).sum() + inner,
+    **out,
+  )
+  return _commit(pool, rows.pages, own), segment
+
+
+def prefill(
+  pool: pages_lib.Pool,
+  prompt: Int[Array, "b p"],
+  length: Int[Array, "b"],
+  pages: Int[Array, "b u"],
+  params: dict,
+  *,
+  graph: nnx.GraphDef,
+) -> pages_lib.Pool:
+  """Writes the keys and values of every prompt token but the last, which its branches feed.
+
+  pages: right aligned, NO_PAGE in front where a prompt needs fewer. The tokens are padded on the
+  left, so that the last page ends where the first segment begins.
+  """
+  page = pool.key.shape[3]
+  slots = pages.shape[1] * page
+  cache = transformer.prefill(graph, params, prompt, length)
+  source = jnp.arange(slots) - (slots - (length[:, None] - 1))  # token of each slot
+  source = jnp.clip(source, 0, prompt.shape[1] - 1)
+
+  def pack(x):  # [N, B, P, K, D] -> [N, B * U, K, T, D]
+    x = jnp.take_along_axis(x, source[None, :, :, None, None], 2)
+    n, b, _, k, d = x.shape
+    return x.reshape(n, b * pages.shape[1], page, k, d).swapaxes(2, 3)
+
+  return pages_lib.write(pool, pages.reshape(-1), pack(cache[0]), pack(cache[1]))
+
+
+def _visible(rows: Rows, page: int) -> Bool[Array, "g m c"]:
+  """Returns which context tokens each row sees."""
+  valid = (jnp.arange(page) >= rows.start[..., None]) & (rows.context != pages_lib.NO_PAGE)[..., None]
+  visible = rows.sees[..., None] & valid[:, None]
+  return visible.reshape(*rows.sees.shape[:2], -1)
+
+
+def _gather(pool: Float[Array, "n p k t d"], pages: Int[Array, "g u"], unroll: bool):
+  """Returns each group's shared pages side by side, [G, K, C, D] a layer: read once a segment."""
+  n, _, k, t, d = pool.shape
+  g, u = pages.shape
+  spot = jnp.maximum(pages, 0)  # entries without a page are masked
+
+  def layer(x):
+    return x[spot].swapaxes(1, 2).reshape(g, k, u * t, d)
+
+  return [layer(pool[i]) for i in range(n)] if unroll else jax.vmap(layer)(pool)
+
+
+def _buffers(pool: pages_lib.Pool, shape: tuple[int, int], settings: Settings):
+  """Returns the empty key and value buffers of the segment."""
+  n, _, k, _, d = pool.key.shape
+  zeros = jnp.zeros((*shape, k, settings.segment, d), pool.key.dtype)
+  if settings.unroll:
+    return [zeros] * n, [zeros] * n
+  stacked = jnp.zeros((n, *zeros.shape), zeros.dtype)
+  return stacked, stacked
+
+
+def _commit(pool: pages_lib.Pool, pages: Int[Array, "g m j"], own) -> pages_lib.Pool:
+  """Writes the segments' buffers to the pool as whole pages."""
+  page = pool.key.shape[3]
+
+  def pack(x):  # N x [G, M, K, S, D] -> [N, G * M * J, K, T, D]
+    x = jnp.stack(x) if isinstance(x, list) else x
+    n, g, m, k, s, d = x.shape
+    x = x.reshape(n, g * m, k, s // page, page, d).swapaxes(2, 3)
+    return x.reshape(n, g * m * (s // page), k, page, d)
+
+  return pages_lib.write(pool, pages.reshape(-1), pack(own[0]), pack(own[1]))

@@ -1,0 +1,69 @@
+"""Reference attention: packed rows of trees for training, shared pages for decoding.
+
+Axes: R packed rows, L tokens of a row, G groups of decode rows, M rows of a group, C context
+tokens of a group, S tokens of a segment, H heads, K key-value heads, D head size.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+MASKED = -1e30  # finite: a row that sees nothing stays finite
+
+
+def packed(
+  query: Float[Array, "r l h d"],
+  key: Float[Array, "r l k d"],
+  value: Float[Array, "r l k d"],
+  end: Int[Array, "r l"],
+) -> Float[Array, "r l h d"]:
+  """Attends along the paths of packed trees: token i sees token j iff j <= i < end[j].
+
+  With tokens in depth-first order and end[j] one past the last token below j, the visible tokens
+  are exactly the ancestors:
+
+      tokens   a b c d        a -> b -> c      end  4 3 3 4
+                               `-> d
+      a sees   a . . .
+      b        a b . .
+      c        a b c .
+      d        a . . d
+  """
+  index = jnp.arange(end.shape[1])
+  i, j = index[None, :, None], index[None, None, :]
+  mask = (j <= i) & (i < end[:, None, :])
+  return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+
+
+def shared(
+  query: Float[Array, "g m h d"],
+  context: tuple[Float[Array, "g k c d"], Float[Array, "g k c d"]],
+  visible: Bool[Array, "g m c"],
+  own: tuple[Float[Array, "g m k s d"], Float[Array, "g m k s d"]],
+  step: Int[Array, ""],
+) -> Float[Array, "g m h d"]:
+  """Attends one new token a row to its group's shared context and to its own segment so far.
+
+  Each context token is read once for the group; `visible` says which rows it is an ancestor of.
+  Of a row's own segment the tokens 0..step are seen. Softmax over both parts together, in float32.
+  """
+  g, m, h, d = query.shape
+  context_key, context_value = context
+  own_key, own_value = own
+  k, c = context_key.shape[1:3]
+  query = query.reshape(g, m, k, h // k, d) * d**-0.5
+  f32 = jnp.float32
+  precision = _precision(query.dtype)
+  far = jnp.einsum("gmkhd,gkcd->gmkhc", query, context_key, precision=precision, preferred_element_type=f32)
+  near = jnp.einsum("gmkhd,gmksd->gmkhs", query, own_key, precision=precision, preferred_element_type=f32)
+  far = jnp.where(visible[:, :, None, None], far, MASKED)
+  near = jnp.where(jnp.arange(own_key.shape[3]) <= step, near, MASKED)
+  weight = jax.nn.softmax(jnp.concatenate([far, near], -1), -1).astype(query.dtype)
+  out = jnp.einsum("gmkhc,gkcd->gmkhd", weight[..., :c], context_value, precision=precision)
+  out += jnp.einsum("gmkhs,gmksd->gmkhd", weight[..., c:], own_value, precision=precision)
+  return out.reshape(g, m, h, d)
+
+
+def _precision(dtype) -> jax.lax.Precision | None:
+  """float32 means float32 on every backend; bfloat16 takes the fast path."""
+  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

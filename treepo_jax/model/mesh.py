@@ -1,0 +1,76 @@
+"""The device mesh and, in one table, which axis each kind of weight is split over.
+
+Axes: "data" holds whole copies, "fsdp" splits weights and optimizer state, "tensor" splits heads
+and hidden units. Rows of a batch and trees of a rollout are split over data x fsdp.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from treepo_jax.config import UserError
+
+BATCH_AXES = ("data", "fsdp")
+
+# Last two names of a weight's path -> the axis of each dimension. Weights of the layers carry a
+# leading layer dimension, which is never split.
+ROLES = {
+  "embed": ("tensor", "fsdp"),  # [vocabulary, width]
+  "head": ("fsdp", "tensor"),  # [width, vocabulary]
+  "query": ("fsdp", "tensor"),  # [width, heads * head_dim]
+  "key": ("fsdp", "tensor"),  # [width, kv_heads * head_dim]
+  "value": ("fsdp", "tensor"),
+  "output": ("tensor", "fsdp"),  # [heads * head_dim, width]
+  "gate": ("fsdp", "tensor"),  # [width, hidden]
+  "up": ("fsdp", "tensor"),
+  "down": ("tensor", "fsdp"),  # [hidden, width]
+}
+
+
+def create(config) -> Mesh:
+  """Returns the mesh of config.mesh over all devices; raises UserError where they do not divide."""
+  devices = jax.device_count()
+  fsdp, tensor, data = config.mesh.fsdp, config.mesh.tensor, config.mesh.data
+  if data == -1:
+    data = max(devices // (fsdp * tensor), 1)
+  if data * fsdp * tensor != devices:
+    raise UserError(
+      f"config.mesh: data {data} x fsdp {fsdp} x tensor {tensor} = {data * fsdp * tensor}, "
+      f"but there are {devices} devices; set mesh.data to -1 or let the product be {devices}"
+    )
+  axes = ("data", "fsdp", "tensor")
+  return jax.make_mesh((data, fsdp, tensor), axes, axis_types=(AxisType.Auto,) * 3)
+
+
+def single() -> Mesh:
+  """Returns a mesh of the first device alone."""
+  device = np.asarray(jax.devices()[:1]).reshape(1, 1, 1)
+  return Mesh(device, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def shards(mesh: Mesh) -> int:
+  """Returns over how many parts rows and trees are split."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+  """Returns how the weight at `path` is split; dimensions that do not divide stay whole."""
+  names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+  role = next((ROLES[name] for name in reversed(names) if name in ROLES), None)
+  if role is None or names[-1] not in ("kernel", "embed"):
+    return PartitionSpec()  # norms and biases are small: whole on every device
+  axes = (None,) * (len(shape) - 2) + role
+  fits = [axis and size % mesh.shape[axis] == 0 for axis, size in zip(axes, shape, strict=True)]
+  return PartitionSpec(*(axis if fit else None for axis, fit in zip(axes, fits, strict=True)))
+
+
+def shardings(tree, mesh: Mesh):
+  """Returns a NamedSharding for every array of a pytree of weights (or of optimizer state)."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: NamedSharding(mesh, spec(path, x.shape, mesh)), tree
+  )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of a value that every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,271 @@
+"""One decoder for Qwen2, Qwen2.5, Qwen3 and Llama, as flax.nnx modules over stacked layers.
+
+Axes: R packed rows, L tokens of a row, Q = G x M decode rows in groups, S tokens of a segment,
+W width, H heads, K key-value heads, D head size, V vocabulary, N layers.
+"""
+
+import dataclasses
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from treepo_jax.model import attention
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama 3.x frequency scaling (llama3 rope type)."""
+
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_max_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """What a checkpoint's config.json says of the decoder; hashable, so it can be static."""
+
+  family: str  # "qwen2" | "qwen3" | "llama"
+  vocab_size: int
+  width: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  hidden: int
+  norm_eps: float
+  rope_theta: float
+  rope_scaling: RopeScaling | None
+  max_positions: int
+  tied: bool
+  qkv_bias: bool
+  output_bias: bool
+  qk_norm: bool
+
+
+@chex.dataclass(frozen=True)
+class Context:
+  """What a group of decode rows sees beyond its own segment.
+
+  Attributes:
+    key, value: one array a layer, or one array over all layers where the layers are scanned.
+    visible: which context tokens each row of the group sees.
+  """
+
+  key: list[Float[Array, "g k c d"]] | Float[Array, "n g k c d"]
+  value: list[Float[Array, "g k c d"]] | Float[Array, "n g k c d"]
+  visible: Bool[Array, "g m c"]
+
+
+class Linear(nnx.Module):
+  """x @ kernel + bias; float32 weights multiply in float32 on every backend."""
+
+  def __init__(self, inputs: int, outputs: int, bias: bool, dtype, rngs: nnx.Rngs):
+    scale = inputs**-0.5
+    self.kernel = nnx.Param(scale * jax.random.normal(rngs(), (inputs, outputs), dtype))
+    self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
+
+  def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    kernel = self.kernel[...]
+    x = jnp.matmul(x, kernel, precision=attention._precision(kernel.dtype))
+    return x if self.bias is None else x + along(self.bias[...], x)
+
+
+class Norm(nnx.Module):
+  """Root-mean-square norm in float32, scaled in the model's dtype (as transformers does)."""
+
+  def __init__(self, size: int, eps: float, dtype):
+    self.scale = nnx.Param(jnp.ones(size, dtype))
+    self.eps = eps
+
+  def __call__(self, x: Float[Array, "*b w"]) -> Float[Array, "*b w"]:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+    return along(self.scale[...], y) * y.astype(x.dtype)
+
+
+class Block(nnx.Module):
+  """One layer: attention and a gated feed-forward, each with its residual."""
+
+  def __init__(self, arch: Architecture, dtype, rngs: nnx.Rngs):
+    a, d = arch, arch.head_dim
+    self.arch = arch
+    self.query = Linear(a.width, a.heads * d, a.qkv_bias, dtype, rngs)
+    self.key = Linear(a.width, a.kv_heads * d, a.qkv_bias, dtype, rngs)
+    self.value = Linear(a.width, a.kv_heads * d, a.qkv_bias, dtype, rngs)
+    self.output = Linear(a.heads * d, a.width, a.output_bias, dtype, rngs)
+    self.query_norm = Norm(d, a.norm_eps, dtype) if a.qk_norm else None
+    self.key_norm = Norm(d, a.norm_eps, dtype) if a.qk_norm else None
+    self.gate = Linear(a.width, a.hidden, False, dtype, rngs)
+    self.up = Linear(a.width, a.hidden, False, dtype, rngs)
+    self.down = Linear(a.hidden, a.width, False, dtype, rngs)
+    self.attention_norm = Norm(a.width, a.norm_eps, dtype)
+    self.feed_norm = Norm(a.width, a.norm_eps, dtype)
+
+  def project(self, x: Float[Array, "*b w"], positions: Int[Array, "*b"]):
+    """Returns query [*b, H, D], key and value [*b, K, D] of normed x, rotated to `positions`."""
+    a = self.arch
+    split = lambda y, heads: y.reshape(*y.shape[:-1], heads, a.head_dim)
+    query = split(self.query(x), a.heads)
+    key, value = split(self.key(x), a.kv_heads), split(self.value(x), a.kv_heads)
+    if self.query_norm is not None and self.key_norm is not None:
+      query, key = self.query_norm(query), self.key_norm(key)
+    return rotate(query, positions, a), rotate(key, positions, a), value
+
+  def merge(self, x: Float[Array, "*b w"], mixed: Float[Array, "*b h d"]) -> Float[Array, "*b w"]:
+    """Adds the attention's output and the feed-forward to the residual x."""
+    x = x + self.output(mixed.reshape(*mixed.shape[:-2], -1))
+    y = self.feed_norm(x)
+    return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+
+  def packed(self, x, positions, end):
+    """One layer over packed rows; returns x and the layer's (key, value) [R, L, K, D]."""
+    query, key, value = self.project(self.attention_norm(x), positions)
+    return self.merge(x, attention.packed(query, key, value, end)), (key, value)
+
+  def decode(self, x, positions, context, own, step):
+    """One layer for one new token a row; returns x and `own` with the token's key and value."""
+    query, key, value = self.project(self.attention_norm(x), positions)
+    put = lambda buffer, new: jax.lax.dynamic_update_slice_in_dim(buffer, new[..., None, :], step, -2)
+    own = put(own[0], key), put(own[1], value)
+    mixed = attention.shared(query, context[:2], context[2], own, step)
+    return self.merge(x, mixed), own
+
+
+class Transformer(nnx.Module):
+  """The decoder: embedding, stacked layers, final norm, tied or own head."""
+
+  def __init__(self, arch: Architecture, dtype, rngs: nnx.Rngs):
+    self.arch = arch
+    self.embed = nnx.Param(0.02 * jax.random.normal(rngs(), (arch.vocab_size, arch.width), dtype))
+    make = nnx.vmap(lambda r: Block(arch, dtype, r), in_axes=0, out_axes=0)
+    self.blocks = make(rngs.split(arch.layers))
+    self.norm = Norm(arch.width, arch.norm_eps, dtype)
+    self.head = None if arch.tied else Linear(arch.width, arch.vocab_size, False, dtype, rngs)
+
+  def packed(self, tokens: Int[Array, "r l"], positions: Int[Array, "r l"], end: Int[Array, "r l"], *, remat: bool):
+    """Returns final hidden states [R, L, W] and every layer's (key, value) [N, R, L, K, D]."""
+    graph, layers = nnx.split(self.blocks)
+    body = lambda x, layer: nnx.merge(graph, layer).packed(x, positions, end)
+    if remat:
+      body = jax.checkpoint(body)
+    x, cache = jax.lax.scan(body, self.embed[...][tokens], layers)
+    return self.norm(x), cache
+
+  def logits(self, hidden: Float[Array, "*b w"]) -> Float[Array, "*b v"]:
+    """Returns float32 logits over the vocabulary."""
+    kernel = self.embed[...].T if self.head is None else self.head.kernel[...]
+    precision = attention._precision(kernel.dtype)
+    return jnp.matmul(hidden, kernel, precision=precision, preferred_element_type=jnp.float32)
+
+
+def create(arch: Architecture, key: jax.Array, dtype=jnp.float32) -> tuple[nnx.GraphDef, dict]:
+  """Returns (graph, params): a static, hashable graph and the nested dict of random weights."""
+  graph, params = nnx.split(Transformer(arch, dtype, nnx.Rngs(key)))
+  return graph, nnx.to_pure_dict(params)
+
+
+def abstract(arch: Architecture, dtype=jnp.float32) -> tuple[nnx.GraphDef, dict]:
+  """Returns what `create` does with shapes and dtypes in place of arrays: nothing is computed."""
+  graph, params = nnx.split(nnx.eval_shape(lambda: Transformer(arch, dtype, nnx.Rngs(0))))
+  return graph, nnx.to_pure_dict(params)
+
+
+def hidden(
+  graph: nnx.GraphDef,
+  params: dict,
+  tokens: Int[Array, "r l"],
+  positions: Int[Array, "r l"],
+  end: Int[Array, "r l"],
+  *,
+  remat: bool = False,
+) -> Float[Array, "r l w"]:
+  """Returns hidden states of packed trees: token i sees token j iff j <= i < end[j]."""
+  return nnx.merge(graph, params).packed(tokens, positions, end, remat=remat)[0]
+
+
+def log_probs(
+  graph: nnx.GraphDef,
+  params: dict,
+  hidden: Float[Array, "*b w"],
+  targets: Int[Array, "*b"],
+) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+  """Returns log p(target | hidden) and the entropy in nats, at temperature 1, in float32."""
+  logits = nnx.merge(graph, params).logits(hidden)
+  total = jax.nn.logsumexp(logits, -1)
+  chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - total
+  entropy = total - (jax.nn.softmax(logits, -1) * logits).sum(-1)
+  return chosen, entropy
+
+
+def prefill(graph: nnx.GraphDef, params: dict, tokens: Int[Array, "b p"], length: Int[Array, "b"]):
+  """Returns the keys and values [N, B, P, K, D] of prompts, left aligned; junk beyond `length`."""
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  end = jnp.broadcast_to(length[:, None], tokens.shape)
+  return nnx.merge(graph, params).packed(tokens, positions, end, remat=False)[1]
+
+
+def unstack(graph: nnx.GraphDef, params: dict) -> list[Block]:
+  """Returns the layers one by one, for decoding with the layers unrolled."""
+  block_graph, layers = nnx.split(nnx.merge(graph, params).blocks)
+  count = jax.tree.leaves(layers)[0].shape[0]
+  return [nnx.merge(block_graph, jax.tree.map(lambda x: x[i], layers)) for i in range(count)]
+
+
+def decode_step(model: Transformer, blocks: list[Block] | None, tokens, positions, context: Context, own, step):
+  """Feeds one token a row; returns hidden states [G, M, W] and `own` with its keys and values.
+
+  tokens, positions: i32[G, M]. own: (key, value), a list of [G, M, K, S, D] a layer where `blocks`
+  are given (unrolled), else one array with a leading layer axis (scanned).
+  """
+  x = model.embed[...][tokens]
+  if blocks is not None:
+    keys, values = [], []
+    for block, key, value, own_key, own_value in zip(blocks, context.key, context.value, *own, strict=True):
+      x, (own_key, own_value) = block.decode(x, positions, (key, value, context.visible), (own_key, own_value), step)
+      keys.append(own_key)
+      values.append(own_value)
+    return model.norm(x), (keys, values)
+  graph, layers = nnx.split(model.blocks)
+
+  def body(x, layer):
+    weights, key, value, own_key, own_value = layer
+    block = nnx.merge(graph, weights)
+    return block.decode(x, positions, (key, value, context.visible), (own_key, own_value), step)
+
+  x, own = jax.lax.scan(body, x, (layers, context.key, context.value, *own))
+  return model.norm(x), own
+
+
+def inverse_frequencies(arch: Architecture) -> np.ndarray:
+  """Returns the rotation frequencies f32[D / 2]; Llama 3.x stretches the long wavelengths."""
+  exponent = np.arange(0, arch.head_dim, 2, dtype=np.float32) / arch.head_dim
+  frequency = (1.0 / arch.rope_theta**exponent).astype(np.float32)
+  scaling = arch.rope_scaling
+  if scaling is None:
+    return frequency
+  wavelength = 2 * math.pi / frequency
+  span = scaling.high_freq_factor - scaling.low_freq_factor
+  smooth = (scaling.original_max_positions / wavelength - scaling.low_freq_factor) / span
+  smooth = np.clip(smooth, 0, 1)
+  return ((1 - smooth) * frequency / scaling.factor + smooth * frequency).astype(np.float32)
+
+
+def along(vector: Float[Array, "w"], x: Float[Array, "..."]) -> Float[Array, "... w"]:
+  """Returns the vector with axes of one in front, as many as x has."""
+  return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+def rotate(x: Float[Array, "*b h d"], positions: Int[Array, "*b"], arch: Architecture) -> Float[Array, "*b h d"]:
+  """Rotates the two halves of each head by position (RoPE), in float32."""
+  angle = positions[..., None].astype(jnp.float32)
+  angle = angle * along(jnp.asarray(inverse_frequencies(arch)), angle)
+  cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
+  first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)

@@ -1,0 +1,123 @@
+"""A tree of segments for each prompt, as arrays.
+
+Axes: B prompts, N nodes (row 0 is the prompt), S tokens of a segment, P tokens of a prompt, W width.
+Rows are taken in order, so a parent's row is less than its child's.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+NO_PARENT = -1
+NO_ROW = -1
+
+UNUSED, OPEN, ACTIVE, INNER = 0, 1, 2, 3  # OPEN waits to be decoded, ACTIVE to be branched
+EOS, ANSWER, LENGTH, DEPTH, REPETITION = 4, 5, 6, 7, 8  # why a trajectory ended, from EOS on
+STOP_NAMES = {EOS: "eos", ANSWER: "answer", LENGTH: "length", DEPTH: "depth",
+              REPETITION: "repetition"}  # fmt: skip
+
+
+@chex.dataclass(frozen=True)
+class Tree:
+  """Trees of a batch of prompts.
+
+  Attributes:
+    prompt: tokens of the prompt, left aligned, 0 beyond prompt_length.
+    prompt_length: tokens of the prompt.
+    prompt_id: identity of the prompt; every draw is folded from it.
+    tokens: sampled tokens of a node, 0 beyond length.
+    log_probs: log-prob of each token under the policy at temperature 1, 0 beyond length.
+    length: tokens of the node; a node with children is always full.
+    parent: row of the parent, NO_PARENT for row 0 and for rows not taken.
+    depth: segments from the prompt; 0 for row 0.
+    status: UNUSED, OPEN, ACTIVE, INNER, or from EOS on why the trajectory ended.
+    source: for a node made by fallback the row of the trajectory that was cut, else NO_ROW.
+    size: rows taken.
+    leaves: rows of the returned trajectories in finishing order, NO_ROW where there is none yet.
+  """
+
+  prompt: Int[Array, "*b p"]
+  prompt_length: Int[Array, "*b"]
+  prompt_id: UInt32[Array, "*b"]
+  tokens: Int[Array, "*b n s"]
+  log_probs: Float[Array, "*b n s"]
+  length: Int[Array, "*b n"]
+  parent: Int[Array, "*b n"]
+  depth: Int[Array, "*b n"]
+  status: Int[Array, "*b n"]
+  source: Int[Array, "*b n"]
+  size: Int[Array, "*b"]
+  leaves: Int[Array, "*b w"]
+
+
+def capacity(width: int, depth: int) -> int:
+  """Rows that always suffice: every node has a leaf of its own below it, on a path of `depth`."""
+  return 1 + width * depth
+
+
+def create(
+  prompt: Int[Array, "b p"],
+  prompt_length: Int[Array, "b"],
+  prompt_id: UInt32[Array, "b"],
+  *,
+  width: int,
+  depth: int,
+  segment: int,
+) -> Tree:
+  """Returns trees that hold their prompts and nothing else."""
+  b, n = prompt.shape[0], capacity(width, depth)
+  rows = jnp.zeros((b, n), jnp.int32)
+  return Tree(
+    prompt=prompt,
+    prompt_length=prompt_length,
+    prompt_id=prompt_id,
+    tokens=jnp.zeros((b, n, segment), jnp.int32),
+    log_probs=jnp.zeros((b, n, segment), jnp.float32),
+    length=rows,
+    parent=jnp.full((b, n), NO_PARENT, jnp.int32),
+    depth=rows,
+    status=rows.at[:, 0].set(INNER),
+    source=jnp.full((b, n), NO_ROW, jnp.int32),
+    size=jnp.ones(b, jnp.int32),
+    leaves=jnp.full((b, width), NO_ROW, jnp.int32),
+  )
+
+
+def ancestors(parent: Int[Array, "n"]) -> Bool[Array, "n n"]:
+  """Returns reach[i, j]: row j is row i or an ancestor of it (rows not taken reach themselves)."""
+  n = parent.shape[0]
+  up = jnp.where(parent == NO_PARENT, jnp.arange(n), parent)
+  reach = jnp.eye(n, dtype=bool) | (jnp.arange(n) == up[:, None])
+  for _ in range(max(n - 1, 1).bit_length() - 1):
+    # Doubling: after k hops `reach` holds the 2^k nearest ancestors and `up` the 2^k-th.
+    up = up[up]
+    reach = reach | reach[up]
+  return reach
+
+
+def attach(
+  tree: Tree,
+  parent: Int[Array, "w"],
+  source: Int[Array, "w"],
+) -> Tree:
+  """Adds an OPEN node under each parent that is not NO_PARENT (one tree; lift with vmap)."""
+  n = tree.parent.shape[0]
+  live = parent != NO_PARENT
+  row = jnp.where(live, tree.size + jnp.cumsum(live) - 1, n)  # row n is dropped
+  status = tree.status.at[jnp.where(live, parent, n)].set(INNER, mode="drop")
+  return tree.replace(
+    parent=tree.parent.at[row].set(parent, mode="drop"),
+    depth=tree.depth.at[row].set(tree.depth[parent] + 1, mode="drop"),
+    status=status.at[row].set(OPEN, mode="drop"),
+    source=tree.source.at[row].set(source, mode="drop"),
+    size=tree.size + live.sum(dtype=jnp.int32),
+  )
+
+
+def finished(tree: Tree) -> Int[Array, "*b"]:
+  """Returns W, how many trajectories of each prompt have ended."""
+  return (tree.leaves != NO_ROW).sum(-1, dtype=jnp.int32)
+
+
+batched_ancestors = jax.vmap(ancestors)
