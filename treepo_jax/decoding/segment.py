@@ -205,7 +205,9 @@ def prefill(
 
 def _visible(rows: Rows, page: int) -> Bool[Array, "g m c"]:
   """Returns which context tokens each row sees."""
-  valid = (jnp.arange(page) >= rows.start[..., None]) & (rows.context != pages_lib.NO_PAGE)[..., None]
+  valid = (jnp.arange(page) >= rows.start[..., None]) & (rows.context != pages_lib.NO_PAGE)[
+    ..., None
+  ]
   visible = rows.sees[..., None] & valid[:, None]
   return visible.reshape(*rows.sees.shape[:2], -1)
 

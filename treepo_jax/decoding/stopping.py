@@ -16,7 +16,9 @@ def is_any(token: Int[Array, "*q"], members: tuple[int, ...]) -> Bool[Array, "*q
   return found
 
 
-def repeats(tokens: Int[Array, "h"], length: Int[Array, ""], window: int, count: int) -> Bool[Array, ""]:
+def repeats(
+  tokens: Int[Array, "h"], length: Int[Array, ""], window: int, count: int
+) -> Bool[Array, ""]:
   """Returns whether some `window` tokens occur at least `count` times in the last `length` of `tokens`.
 
   tokens is right aligned: the last `length` entries are valid. Windows may overlap, so any loop of

@@ -10,7 +10,9 @@ from jaxtyping import Array, Int
 from treepo_jax.rollout.tree import ANSWER, EOS, NO_PARENT, NO_ROW, Tree
 
 
-def ancestor_at(tree: Tree, row: Int[Array, "w"], depth: Int[Array, "w"], most: int) -> Int[Array, "w"]:
+def ancestor_at(
+  tree: Tree, row: Int[Array, "w"], depth: Int[Array, "w"], most: int
+) -> Int[Array, "w"]:
   """Returns the ancestor of each row at a depth, at most `most` steps up; the row itself if less deep."""
   up = lambda _, row: jnp.where(tree.depth[row] > depth, tree.parent[row], row)
   return jax.lax.fori_loop(0, most, up, row)
@@ -27,7 +29,7 @@ def random(
 
   Depth-first fallback (section 2.3): sources are the trajectories that ended with an answer or EOS,
   in random order; each is cut back 1..d of its d segments, uniformly, and grows up to `branching`
-  new branches there. Without a source the prompt itself is grown again (source NO_ROW). The new
+  new branches there. Without a source the prompt itself is grown again (source row 0). The new
   branches decode from the pages of the ancestor they are cut to, so their context is exactly the
   tokens before them.
 
@@ -45,7 +47,7 @@ def random(
   sources = eligible.sum()
   chosen = jnp.argsort(priority)[jnp.arange(width) // branching]
   live = jnp.arange(width) < jnp.minimum(left, jnp.maximum(sources, 1) * branching)
-  fresh = sources == 0  # nothing to cut: the prompt itself
-  parent = jnp.where(live, jnp.where(fresh, 0, kept[chosen]), NO_PARENT)
-  source = jnp.where(live & ~fresh, row[chosen], NO_ROW)
+  none = sources == 0  # nothing to cut: the prompt itself
+  parent = jnp.where(live, jnp.where(none, 0, kept[chosen]), NO_PARENT)
+  source = jnp.where(live, jnp.where(none, 0, row[chosen]), NO_ROW)
   return parent.astype(jnp.int32), source.astype(jnp.int32)

@@ -158,6 +158,18 @@ def sequential(shape: Settings, samples: int, temperature: float) -> Settings:
   )
 
 
+def with_width(shape: Settings, samples: int, temperature: float) -> Settings:
+  """Returns the settings of a tree of `samples` answers, otherwise shaped like `shape`."""
+  return dataclasses.replace(
+    shape,
+    width=samples,
+    initial=min(shape.initial, samples),
+    initial_max=min(shape.initial_max, samples),
+    pages=0,
+    decoder=dataclasses.replace(shape.decoder, temperature=temperature),
+  )
+
+
 def grow(
   params: dict,
   key: jax.Array,
@@ -232,7 +244,9 @@ class _Decode:
 
   def __call__(self, growth: Growth, params: dict, table, key, groups: int, shared: int):
     if (groups, shared) not in self.sizes:
-      run = functools.partial(_decode, graph=self.graph, shape=self.shape, groups=groups, shared=shared)
+      run = functools.partial(
+        _decode, graph=self.graph, shape=self.shape, groups=groups, shared=shared
+      )
       self.sizes[groups, shared] = self.sharded(run, whole=(1, 2, 3), count=4)
     return self.sizes[groups, shared](growth, params, table, key)
 
@@ -281,14 +295,24 @@ def _start(
   """Returns the state of all shards with their prompts, and a first segment that holds nothing."""
   arch = nnx.merge(graph, params).arch
   pool = functools.partial(
-    pages_lib.create, arch.layers, shape.pages, arch.kv_heads, shape.page, arch.head_dim, params["embed"].dtype
+    pages_lib.create,
+    arch.layers,
+    shape.pages,
+    arch.kv_heads,
+    shape.page,
+    arch.head_dim,
+    params["embed"].dtype,
   )
-  growth = jax.vmap(functools.partial(_create, shape=shape, pool=pool))(tokens, length, identity, real)
+  growth = jax.vmap(functools.partial(_create, shape=shape, pool=pool))(
+    tokens, length, identity, real
+  )
   empty = segment_lib.nothing((shape.groups, shape.group), shape.decoder.segment)
   return growth, jax.tree.map(lambda x: jnp.broadcast_to(x, (tokens.shape[0], *x.shape)), empty)
 
 
-def _create(tokens, length, identity, real, *, shape: Settings, pool: Callable[[], pages_lib.Pool]) -> Growth:
+def _create(
+  tokens, length, identity, real, *, shape: Settings, pool: Callable[[], pages_lib.Pool]
+) -> Growth:
   """Returns the state of one shard: prompts without branches, all pages free."""
   size = shape.width, shape.depth, shape.decoder.segment
   tree = tree_lib.create(tokens, length, identity, width=size[0], depth=size[1], segment=size[2])
@@ -308,14 +332,18 @@ def _create(tokens, length, identity, real, *, shape: Settings, pool: Callable[[
     paths=paths,
     pool=pool(),
     slots=slots,
-    rows=schedule.rows(tree, paths, slots, own, shared=shape.shared, depth=shape.depth, page=shape.page)[0],
+    rows=schedule.rows(
+      tree, paths, slots, own, shared=shape.shared, depth=shape.depth, page=shape.page
+    )[0],
     real=real,
     admitted=never,
     fresh=never,
     done=never,
     before=jnp.zeros(b, jnp.int32),
     wave=jnp.zeros(b, jnp.int32),
-    counters=Counters(row_steps=zero, decoded=zero, read_shared=jnp.zeros(()), read_flat=jnp.zeros(())),
+    counters=Counters(
+      row_steps=zero, decoded=zero, read_shared=jnp.zeros(()), read_flat=jnp.zeros(())
+    ),
   )
 
 
@@ -411,7 +439,9 @@ def _status(tree, slots, segment, allowed, shape: Settings) -> Int[Array, "g m"]
 
 def _append(leaves: Int[Array, "w"], ended: Bool[Array, "n"]) -> Int[Array, "w"]:
   """Adds the rows that ended to a tree's leaves, in row order."""
-  spot = jnp.where(ended, (leaves != tree_lib.NO_ROW).sum() + jnp.cumsum(ended) - 1, leaves.shape[0])
+  spot = jnp.where(
+    ended, (leaves != tree_lib.NO_ROW).sum() + jnp.cumsum(ended) - 1, leaves.shape[0]
+  )
   return leaves.at[spot].set(jnp.arange(ended.shape[0], dtype=jnp.int32), mode="drop")
 
 
@@ -419,7 +449,9 @@ def _plan(growth: Growth, key: jax.Array, shape: Settings) -> Growth:
   """Branches, or falls back, every prompt whose wave is complete; frees the pages of those done."""
   tree, finished = growth.tree, tree_lib.finished(growth.tree)
   ready = growth.admitted & ~growth.done & ~(tree.status == tree_lib.OPEN).any(1)
-  keys = jax.vmap(lambda i, w: jax.random.fold_in(jax.random.fold_in(key, i), w))(tree.prompt_id, growth.wave)
+  keys = jax.vmap(lambda i, w: jax.random.fold_in(jax.random.fold_in(key, i), w))(
+    tree.prompt_id, growth.wave
+  )
   parent, source = jax.vmap(functools.partial(_next, shape=shape))(tree, keys, growth.before)
   parent = jnp.where(ready[:, None], parent, tree_lib.NO_PARENT)
   tree = jax.vmap(tree_lib.attach)(tree, parent, source)
@@ -502,7 +534,15 @@ def _prefill(growth: Growth, params: dict, part: Int[Array, ""], *, graph: nnx.G
 
 
 def _decode(
-  growth: Growth, params: dict, table, key: jax.Array, *, graph, shape: Settings, groups: int, shared: int
+  growth: Growth,
+  params: dict,
+  table,
+  key: jax.Array,
+  *,
+  graph,
+  shape: Settings,
+  groups: int,
+  shared: int,
 ) -> tuple[Growth, segment_lib.Segment]:
   """Decodes the first `groups` groups with room for `shared` nodes; pads the result to all groups."""
   context = shape.pages_of_prompt + shared * shape.pages_of_segment
@@ -511,9 +551,17 @@ def _decode(
     context=rows.context[:, :context], start=rows.start[:, :context], sees=rows.sees[..., :context]
   )
   pool, segment = segment_lib.decode(
-    growth.pool, rows, params, table, jax.random.fold_in(key, 0), graph=graph, settings=shape.decoder
+    growth.pool,
+    rows,
+    params,
+    table,
+    jax.random.fold_in(key, 0),
+    graph=graph,
+    settings=shape.decoder,
   )
-  pad = lambda x: jnp.pad(x, [(0, shape.groups - groups)] + [(0, 0)] * (x.ndim - 1)) if x.ndim else x
+  pad = lambda x: (
+    jnp.pad(x, [(0, shape.groups - groups)] + [(0, 0)] * (x.ndim - 1)) if x.ndim else x
+  )
   segment = jax.tree.map(pad, segment)
   return growth.replace(pool=pool), segment.replace(steps=segment.steps * rows.live.size)
 

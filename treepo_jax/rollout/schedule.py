@@ -50,7 +50,9 @@ def fill(tree: Tree, groups: int, members: int) -> tuple[Slots, Int[Array, ""]]:
   slot = first[:, None] * members + jnp.cumsum(opened, 1) - 1
   slot = jnp.where(opened & (slot < groups * members), slot, groups * members)  # else dropped
   b, n = opened.shape
-  put = lambda x: jnp.zeros(groups * members, x.dtype).at[slot].set(x, mode="drop").reshape(groups, members)
+  put = lambda x: (
+    jnp.zeros(groups * members, x.dtype).at[slot].set(x, mode="drop").reshape(groups, members)
+  )
   slots = Slots(
     live=put(opened),
     tree=put(jnp.broadcast_to(jnp.arange(b, dtype=jnp.int32)[:, None], (b, n))),

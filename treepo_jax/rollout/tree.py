@@ -32,7 +32,8 @@ class Tree:
     parent: row of the parent, NO_PARENT for row 0 and for rows not taken.
     depth: segments from the prompt; 0 for row 0.
     status: UNUSED, OPEN, ACTIVE, INNER, or from EOS on why the trajectory ended.
-    source: for a node made by fallback the row of the trajectory that was cut, else NO_ROW.
+    source: for a node made by fallback the row of the trajectory that was cut, 0 where the prompt
+      was grown anew; else NO_ROW.
     size: rows taken.
     leaves: rows of the returned trajectories in finishing order, NO_ROW where there is none yet.
   """
@@ -121,3 +122,17 @@ def finished(tree: Tree) -> Int[Array, "*b"]:
 
 
 batched_ancestors = jax.vmap(ancestors)
+
+
+def path(tree: Tree, b: int, row: int) -> list[int]:
+  """Returns the rows of a trajectory of tree b, from the first segment to `row` (on the host)."""
+  rows = []
+  while row > 0:
+    rows.append(int(row))
+    row = tree.parent[b, row]
+  return rows[::-1]
+
+
+def response(tree: Tree, b: int, row: int) -> list[int]:
+  """Returns the tokens of a trajectory of tree b: its ancestors' tokens, root first (on the host)."""
+  return [t for r in path(tree, b, row) for t in tree.tokens[b, r, : tree.length[b, r]].tolist()]

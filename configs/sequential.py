@@ -1,0 +1,16 @@
+"""The baseline: independent answers from the same engine, GRPO's group advantage.
+
+python -m treepo_jax.main --config=configs/sequential.py --workdir=runs/sequential
+"""
+
+from treepo_jax import config
+
+
+def get_config():
+  """Returns the defaults with one branch a trajectory from the prompt on."""
+  c = config.default()
+  c.rollout.initial = c.rollout.initial_max = c.rollout.width
+  c.rollout.branching = 1
+  c.rollout.fallback = "none"
+  c.advantage.estimator = "grpo"
+  return c

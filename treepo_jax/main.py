@@ -1,0 +1,67 @@
+"""The command: python -m treepo_jax.main --config=configs/tiny.py --workdir=runs/tiny --mode=train."""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from treepo_jax import config as config_lib
+
+MODES = ("train", "rollout", "evaluate", "export")
+CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "a file of configs/; --config.KEY=VALUE overrides a key", lock_config=True
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of everything that the run writes")
+MODE = flags.DEFINE_enum("mode", "train", MODES, "what to do")
+OUTPUT = flags.DEFINE_string("output", None, "--mode=export: the Hugging Face directory to write")
+
+
+def main(argv: list[str]) -> None:
+  """Runs one mode; a mistake of the user ends with a message and exit status 2."""
+  if len(argv) > 1:
+    raise config_lib.UserError(f"{argv[1]!r} is no flag: flags begin with --")
+  for name, flag in (("config", CONFIG), ("workdir", WORKDIR)):
+    if flag.value is None:
+      raise config_lib.UserError(
+        f"--{name} is missing, for example --config=configs/tiny.py --workdir=runs/tiny"
+      )
+  config, workdir = config_lib.validate(CONFIG.value), Path(WORKDIR.value)
+
+  from treepo_jax.run import (
+    evaluate,
+    train,
+  )  # jax starts here, after the flags are known to be good
+
+  if MODE.value == "train":
+    train.run(config, workdir)
+  elif MODE.value == "rollout":
+    train.rollout(config, workdir)
+  elif MODE.value == "evaluate":
+    evaluate.run(config, workdir)
+  elif OUTPUT.value is None:
+    raise config_lib.UserError("--mode=export needs --output=DIR, the directory to write")
+  else:
+    train.export(config, workdir, Path(OUTPUT.value))
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Parses flags; a misspelt one, or a key that the config does not have, is the user's mistake."""
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    raise config_lib.UserError(str(error).strip("'\"")) from error
+
+
+def cli() -> None:
+  """Runs the command of sys.argv."""
+  logging.set_verbosity(logging.WARNING)
+  try:
+    app.run(main, flags_parser=_parse)
+  except config_lib.UserError as error:
+    print(f"treepo_jax: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  cli()

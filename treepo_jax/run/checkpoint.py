@@ -1,0 +1,97 @@
+"""Everything a run needs to go on as if it had not stopped, saved with Orbax.
+
+A checkpoint holds weights, optimizer state, steps done and the position in the data. Draws are
+folded from config.seed and the step, so no generator state is needed. A checkpoint appears under
+its final name only when it is complete: a run killed while saving finds the one before.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from treepo_jax.config import UserError
+
+NAME = "checkpoints"
+
+
+class Checkpoints:
+  """The checkpoints of a workdir; the newest `keep` stay."""
+
+  def __init__(self, workdir: str | Path, keep: int):
+    """Raises UserError where the folder cannot be made."""
+    self.path = Path(workdir).absolute() / NAME
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      self._manager = ocp.CheckpointManager(
+        self.path, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+      )
+    except OSError as error:
+      raise UserError(
+        f"cannot write checkpoints to {self.path}: {error.strerror or error}; give another --workdir"
+      ) from error
+
+  def latest(self) -> int | None:
+    """Returns the steps done at the newest checkpoint, None where there is none."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: Any, position: int) -> None:
+    """Saves after `step` steps; writing goes on in the background, `close` waits for it."""
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"position": position})
+    )
+    with _writing(self.path):
+      self._manager.wait_until_finished()  # an error of the save before belongs to it
+      if step not in self._manager.all_steps():
+        self._manager.save(step, args=args)
+
+  def restore(self, like: Any) -> tuple[Any, int]:
+    """Returns the newest (state, data position), laid out like `like`.
+
+    Raises UserError naming the checkpoint where it is damaged or of another model.
+    """
+    step = self._manager.latest_step()
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
+    try:
+      found = self._manager.restore(step, args=args)
+      state, position = found["state"], found["data"]["position"]
+    except Exception as error:  # Orbax raises many kinds; each means that this folder is of no use
+      reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+      raise UserError(
+        f"{self.path / str(step)} cannot be restored: {reason[:300]}. It is damaged or of another "
+        "model or optimizer: remove that folder to go on from the checkpoint before it, or give a "
+        "new --workdir"
+      ) from error
+    return state, int(position)
+
+  def close(self) -> None:
+    """Waits until everything is on the disk."""
+    with _writing(self.path):
+      self._manager.wait_until_finished()
+      self._manager.close()
+
+
+class _writing:
+  """Turns a failed write into what the user can do about it."""
+
+  def __init__(self, path: Path):
+    self.path = path
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, trace):
+    full = isinstance(error, OSError) or (
+      isinstance(error, ValueError | RuntimeError)
+      and any(
+        word in str(error) for word in ("No space", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
+      )
+    )
+    if full:
+      raise UserError(
+        f"cannot write a checkpoint to {self.path}: {error}. Free space and run the same command "
+        "again: it continues from the last complete checkpoint"
+      ) from error
+    return False

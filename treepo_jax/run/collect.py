@@ -1,0 +1,99 @@
+"""Prompts to scored trees: one rollout with its rewards, its figures and its answers."""
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from treepo_jax.rollout import grow
+from treepo_jax.rollout import tree as tree_lib
+from treepo_jax.run.setup import Setup
+from treepo_jax.tasks import rewards
+from treepo_jax.tasks.data import Prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+  """Scored trees.
+
+  Attributes:
+    tree: on the host, in the prompts' order.
+    prompts: B of them.
+    reward: f32[B, N] at leaf rows, 0 elsewhere.
+    correct: of each trajectory, by tree and in the order of its leaves.
+    answers: what each trajectory gave as its answer, None without one; like `correct`.
+    texts: what each trajectory wrote; like `correct`.
+    metrics: the rollout's figures of a step.
+  """
+
+  tree: tree_lib.Tree
+  prompts: list[Prompt]
+  reward: np.ndarray
+  correct: list[list[bool]]
+  answers: list[list[str | None]]
+  texts: list[list[str]]
+  metrics: dict[str, float]
+
+
+def collect(
+  params: dict,
+  key: jax.Array,
+  prompts: Sequence[Prompt],
+  *,
+  setup: Setup,
+  shape: grow.Settings,
+  config,
+) -> Rollout:
+  """Grows a tree a prompt, grades every trajectory and counts what it cost."""
+  begun = time.perf_counter()
+  tree, cost = grow.grow(
+    params, key, prompts, graph=setup.graph, table=setup.table, shape=shape, mesh=setup.mesh
+  )
+  grown = time.perf_counter()
+  owner, slot = np.nonzero(tree.leaves != tree_lib.NO_ROW)
+  rows = tree.leaves[owner, slot]
+  texts = [
+    setup.text.decode(tree_lib.response(tree, b, r)) for b, r in zip(owner, rows, strict=True)
+  ]
+  grades = rewards.grade(texts, [prompts[b].gold for b in owner])
+  reward = np.zeros(tree.parent.shape, np.float32)
+  reward[owner, rows] = np.where(grades.correct, config.reward.correct, config.reward.wrong)
+  graded = time.perf_counter()
+
+  def by_tree(values) -> list[list]:
+    split = np.searchsorted(owner, np.arange(1, len(prompts)))
+    return [list(values[a:b]) for a, b in zip([0, *split], [*split, len(owner)], strict=True)]
+
+  correct = by_tree([bool(c) for c in grades.correct])
+  figures = cost | _figures(tree, owner, rows, correct, cost)
+  figures |= {
+    "reward/mean": float(reward[owner, rows].mean()),
+    "reward/grader_errors": float(grades.errors),
+    "time/rollout": grown - begun,
+    "time/reward": graded - grown,
+  }
+  return Rollout(
+    tree, list(prompts), reward, correct, by_tree(grades.extracted), by_tree(texts), figures
+  )
+
+
+def _figures(tree, owner, rows, correct, cost) -> dict[str, float]:
+  """Returns the counts of the trees: tokens, fallbacks, why trajectories ended, how prompts went."""
+  depth = tree.depth[owner, rows]
+  path = int(((depth - 1) * tree.tokens.shape[2] + tree.length[owner, rows]).sum())
+  regrown = tree.source != tree_lib.NO_ROW
+  stops = Counter(int(s) for s in tree.status[owner, rows])
+  shares = [np.mean(c) for c in correct if c]
+  return {
+    "rollout/tokens_path": float(path),
+    "rollout/decode_saving": 1 - cost["rollout/tokens_decoded"] / max(path, 1),
+    "rollout/trajectories": float(len(rows)),
+    "rollout/fallbacks": float(regrown.sum()),
+    "rollout/fallback_prompt_ratio": float(regrown.any(1).mean()),
+    "rollout/depth": float(depth.mean()),
+    "reward/solve_all": float(np.mean([s == 1 for s in shares])),
+    "reward/solve_none": float(np.mean([s == 0 for s in shares])),
+  } | {f"stop/{name}": stops[status] / len(rows) for status, name in tree_lib.STOP_NAMES.items()}

@@ -1,0 +1,65 @@
+"""Trees as JSON, one a line, so that anyone can check a rollout with their own tools."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from treepo_jax.rollout import tree as tree_lib
+from treepo_jax.run import metrics as metrics_lib
+
+
+def records(
+  tree: tree_lib.Tree,
+  reward: np.ndarray,
+  advantage: np.ndarray,
+  white: np.ndarray,
+  prompts: Sequence,
+  step: int,
+) -> list[dict]:
+  """Returns one record a tree: its prompt, its nodes, its leaves and where fallback cut.
+
+  reward, advantage (before whitening) and white (after): f32[B, N] at leaf rows.
+  """
+  return [
+    _record(tree, b, reward[b], advantage[b], white[b], prompt, step)
+    for b, prompt in enumerate(prompts)
+  ]
+
+
+def write(path: str | Path, trees: Sequence[dict]) -> None:
+  """Writes one record a line; a reader sees the whole file or none."""
+  with metrics_lib.replacing(path) as temporary:
+    temporary.write_text("".join(json.dumps(tree) + "\n" for tree in trees), encoding="utf-8")
+
+
+def _record(tree: tree_lib.Tree, b: int, reward, advantage, white, prompt, step: int) -> dict:
+  leaves = [int(row) for row in tree.leaves[b] if row != tree_lib.NO_ROW]
+  ended = set(leaves)
+  nodes = []
+  for row in range(int(tree.size[b])):
+    length, leaf = int(tree.length[b, row]), row in ended
+    nodes.append(
+      {
+        "row": row,
+        "parent": int(tree.parent[b, row]),
+        "tokens": tree.tokens[b, row, :length].tolist(),
+        "log_probs": [round(float(x), 7) for x in tree.log_probs[b, row, :length]],
+        "stop": tree_lib.STOP_NAMES[int(tree.status[b, row])] if leaf else None,
+        "reward": float(reward[row]) if leaf else None,
+        "advantage": float(advantage[row]) if leaf else None,
+        "advantage_white": float(white[row]) if leaf else None,
+        "weight": 1.0,
+      }
+    )
+  source = {str(r): int(s) for r, s in enumerate(tree.source[b]) if s != tree_lib.NO_ROW}
+  return {
+    "step": step,
+    "prompt_id": str(prompt.id),
+    "prompt_tokens": list(map(int, prompt.tokens)),
+    "gold": prompt.gold,
+    "nodes": nodes,
+    "leaves": leaves,
+    "fallback_of": source,
+  }

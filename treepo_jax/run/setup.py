@@ -1,0 +1,127 @@
+"""From a config to what every mode starts with: text, weights, mesh, sampler; and the workdir."""
+
+import dataclasses
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from treepo_jax.config import UserError
+from treepo_jax.model import mesh as mesh_lib
+from treepo_jax.model import transformer, weights
+from treepo_jax.rollout import grow
+from treepo_jax.run import metrics as metrics_lib
+from treepo_jax.tasks import text as text_lib
+
+# Keys that may differ when a run is continued in its workdir: none changes a step already taken.
+CONTINUES = (
+  "train.steps",
+  "train.checkpoint_every",
+  "train.keep",
+  "train.trees_every",
+  "eval.",
+  "mesh.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """The policy and how it samples.
+
+  Attributes:
+    graph, params, arch: of the model.
+    text: tokenizer.
+    table: box automaton over the model's token ids.
+    shape: settings of the rollout.
+  """
+
+  graph: nnx.GraphDef
+  params: dict[str, Any]
+  arch: transformer.Architecture
+  text: text_lib.Text
+  table: np.ndarray
+  shape: grow.Settings
+  mesh: Mesh
+
+
+def load(config: ml_collections.FrozenConfigDict) -> Setup:
+  """Loads the policy of config.model.path onto the mesh of config.mesh."""
+  mesh = mesh_lib.create(config)
+  text = text_lib.load(config.model.path)
+  graph, params, arch = weights.load(config.model.path, config.model.dtype, mesh)
+  shape = grow.settings(
+    config,
+    vocabulary=min(len(text.tokenizer), arch.vocab_size),
+    eos_ids=text.eos_ids,
+    closed=text_lib.CLOSED,
+  )
+  longest = config.rollout.prompt_length + config.rollout.depth * config.rollout.segment
+  if longest > arch.max_positions:
+    raise UserError(
+      f"rollout.prompt_length + rollout.depth * rollout.segment = {longest} tokens, but "
+      f"{config.model.path} has {arch.max_positions} positions: lower one of the three"
+    )
+  return Setup(graph, params, arch, text, text.automaton(arch.vocab_size), shape, mesh)
+
+
+def key(config: ml_collections.FrozenConfigDict, step: int, stream: int) -> jax.Array:
+  """Returns the key of a step's draws; `stream` parts training rounds and evaluation."""
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), stream)
+
+
+def claim(workdir: Path, config: ml_collections.FrozenConfigDict) -> None:
+  """Makes the workdir and writes config.json, every key resolved.
+
+  Raises UserError where the workdir holds a run whose steps were taken under other values.
+  """
+  path = workdir / "config.json"
+  now = _flat(json.loads(config.to_json_best_effort()))
+  if path.exists():
+    try:
+      old = _flat(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+      raise UserError(f"{path} is not JSON: move it away or give another --workdir") from error
+    changed = [k for k in now if k not in old or old[k] != now[k]]
+    changed = [k for k in changed if not k.startswith(CONTINUES)]
+    if changed and (workdir / metrics_lib.NAME).exists():
+      k = changed[0]
+      raise UserError(
+        f"{workdir} holds a run with config.{k} = {old.get(k)!r}, now {now[k]!r}: give the old "
+        "value to continue that run, or another --workdir to begin a new one"
+      )
+  with metrics_lib.replacing(path) as temporary:
+    temporary.write_text(config.to_json_best_effort(indent=2) + "\n", encoding="utf-8")
+
+
+def summarise(
+  workdir: Path, summary: dict[str, Any], config: ml_collections.FrozenConfigDict
+) -> dict:
+  """Writes summary.json with the config and the commit; returns it."""
+  summary = summary | {"config": json.loads(config.to_json_best_effort()), "commit": commit()}
+  with metrics_lib.replacing(workdir / "summary.json") as temporary:
+    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+  return summary
+
+
+def commit() -> str:
+  """Returns the commit of the source tree, "-dirty" where it has changes, "unknown" without git."""
+  root = Path(__file__).parent
+  command = ("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--match=")
+  try:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return "unknown"
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+  """Returns {"rollout.depth": 7, ...}."""
+  out = {}
+  for name, value in tree.items():
+    out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+  return out
