@@ -1,4 +1,4 @@
-"""Every key of a run with its unit and source, and the check that names a wrong value with its key."""
+"""Every key of a run with its unit and source, and the check that names a wrong value's key."""
 
 from pathlib import Path
 
@@ -17,10 +17,13 @@ def default() -> ml_collections.ConfigDict:
   c.seed = 0  # every draw is folded from it
 
   c.model = ml_collections.ConfigDict()
-  c.model.path = EMBEDDED_POLICY  # Hugging Face directory: config.json, *.safetensors, tokenizer
-  c.model.dtype = "float32"  # "float32" | "bfloat16": of weights and activations; losses are float32
+  # Hugging Face directory: config.json, *.safetensors, tokenizer
+  c.model.path = EMBEDDED_POLICY
+  c.model.dtype = (
+    "float32"  # "float32" | "bfloat16": of weights and activations; losses are float32
+  )
   c.model.unroll = True  # decode with the layers unrolled (small models, CPU) or scanned (large)
-  c.model.remat = False  # recompute the layers in the backward pass: less memory, a third more time
+  c.model.remat = False  # recompute layers in the backward pass: less memory, a third more time
 
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = -1  # devices that hold whole copies; -1: all that are left
@@ -47,9 +50,11 @@ def default() -> ml_collections.ConfigDict:
   c.rollout.response_length = 0  # tokens of an answer at most; 0: depth * segment
   c.rollout.prompt_length = 64  # tokens a prompt at most
   c.rollout.temperature = 1.0
-  c.rollout.stop_at_box = True  # an answer ends where its \boxed{...} closes; False: at EOS only
+  c.rollout.stop_at_box = True  # an answer ends where its \boxed{...} closes; False: at EOS
   c.rollout.repetition_window = 8  # tokens of a repeated window
-  c.rollout.repetition_count = 4  # times it occurs in the last window * count tokens; 0: not checked
+  c.rollout.repetition_count = (
+    4  # times it occurs in the last window * count tokens; 0: not checked
+  )
   c.rollout.page = 8  # tokens a page of the KV cache
   c.rollout.rows = 256  # decode rows a device at most, a multiple of rollout.group
   c.rollout.group = 8  # rows that read their shared pages together
@@ -134,7 +139,7 @@ def _value(c, key: str):
 
 
 def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
-  """Returns the config frozen, or raises UserError naming the first wrong key and what is allowed."""
+  """Returns the config frozen; raises UserError naming a wrong key and what is allowed."""
   _one_of(c, "model.dtype", ("float32", "bfloat16"))
   for axis in ("fsdp", "tensor"):
     _positive(c, f"mesh.{axis}")
@@ -143,9 +148,9 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
   _one_of(c, "data.overlong", ("error", "drop"))
   _one_of(c, "data.template", ("plain", "chat"))
   if bool(c.data.path) != bool(c.data.eval_path):
-    raise UserError("config.data.path and config.data.eval_path: give both files or neither")
+    raise UserError("config.data.path, config.data.eval_path: give both files or neither")
   if not c.data.path and not (c.data.levels and set(c.data.levels) <= set(range(1, 9))):
-    raise UserError(f"config.data.levels = {c.data.levels}: a tuple of operation counts from 1 to 8")
+    raise UserError(f"config.data.levels = {c.data.levels}: operation counts from 1 to 8")
 
   _positive(
     c,

@@ -1,4 +1,4 @@
-"""The command: python -m treepo_jax.main --config=configs/tiny.py --workdir=runs/tiny --mode=train."""
+"""The command: python -m treepo_jax.main --config=configs/tiny.py --workdir=runs/tiny."""
 
 import sys
 from pathlib import Path
@@ -46,11 +46,17 @@ def main(argv: list[str]) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """Parses flags; a misspelt one, or a key that the config does not have, is the user's mistake."""
+  """Parses flags; a misspelt one, a wrong value or an unknown config key is the user's mistake."""
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
+    if CONFIG.present:
+      _ = CONFIG.value.lock  # of a file that is missing or broken any attribute raises
+    return rest
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    raise config_lib.UserError(str(error).strip("'\"")) from error
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if isinstance(error, AttributeError | KeyError):
+      text = f"a --config.KEY=VALUE names a key that does not exist: {text}"
+    raise config_lib.UserError(text.replace("\\'", "'")) from error
 
 
 def cli() -> None:

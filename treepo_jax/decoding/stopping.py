@@ -19,7 +19,7 @@ def is_any(token: Int[Array, "*q"], members: tuple[int, ...]) -> Bool[Array, "*q
 def repeats(
   tokens: Int[Array, "h"], length: Int[Array, ""], window: int, count: int
 ) -> Bool[Array, ""]:
-  """Returns whether some `window` tokens occur at least `count` times in the last `length` of `tokens`.
+  """Returns whether some `window` of the last `length` tokens occurs at least `count` times.
 
   tokens is right aligned: the last `length` entries are valid. Windows may overlap, so any loop of
   a period up to `window` is found once it has filled window * count tokens. (TreePO's early stop

@@ -132,7 +132,9 @@ class Block(nnx.Module):
   def decode(self, x, positions, context, own, step):
     """One layer for one new token a row; returns x and `own` with the token's key and value."""
     query, key, value = self.project(self.attention_norm(x), positions)
-    put = lambda buffer, new: jax.lax.dynamic_update_slice_in_dim(buffer, new[..., None, :], step, -2)
+    put = lambda buffer, new: jax.lax.dynamic_update_slice_in_dim(
+      buffer, new[..., None, :], step, -2
+    )
     own = put(own[0], key), put(own[1], value)
     mixed = attention.shared(query, context[:2], context[2], own, step)
     return self.merge(x, mixed), own
@@ -149,7 +151,14 @@ class Transformer(nnx.Module):
     self.norm = Norm(arch.width, arch.norm_eps, dtype)
     self.head = None if arch.tied else Linear(arch.width, arch.vocab_size, False, dtype, rngs)
 
-  def packed(self, tokens: Int[Array, "r l"], positions: Int[Array, "r l"], end: Int[Array, "r l"], *, remat: bool):
+  def packed(
+    self,
+    tokens: Int[Array, "r l"],
+    positions: Int[Array, "r l"],
+    end: Int[Array, "r l"],
+    *,
+    remat: bool,
+  ):
     """Returns final hidden states [R, L, W] and every layer's (key, value) [N, R, L, K, D]."""
     graph, layers = nnx.split(self.blocks)
     body = lambda x, layer: nnx.merge(graph, layer).packed(x, positions, end)
@@ -214,11 +223,14 @@ def prefill(graph: nnx.GraphDef, params: dict, tokens: Int[Array, "b p"], length
 def unstack(graph: nnx.GraphDef, params: dict) -> list[Block]:
   """Returns the layers one by one, for decoding with the layers unrolled."""
   block_graph, layers = nnx.split(nnx.merge(graph, params).blocks)
-  count = jax.tree.leaves(layers)[0].shape[0]
-  return [nnx.merge(block_graph, jax.tree.map(lambda x: x[i], layers)) for i in range(count)]
+  leaves, structure = jax.tree.flatten(layers)
+  rows = zip(*(list(leaf) for leaf in leaves), strict=True)
+  return [nnx.merge(block_graph, structure.unflatten(row)) for row in rows]
 
 
-def decode_step(model: Transformer, blocks: list[Block] | None, tokens, positions, context: Context, own, step):
+def decode_step(
+  model: Transformer, blocks: list[Block] | None, tokens, positions, context: Context, own, step
+):
   """Feeds one token a row; returns hidden states [G, M, W] and `own` with its keys and values.
 
   tokens, positions: i32[G, M]. own: (key, value), a list of [G, M, K, S, D] a layer where `blocks`
@@ -227,8 +239,12 @@ def decode_step(model: Transformer, blocks: list[Block] | None, tokens, position
   x = model.embed[...][tokens]
   if blocks is not None:
     keys, values = [], []
-    for block, key, value, own_key, own_value in zip(blocks, context.key, context.value, *own, strict=True):
-      x, (own_key, own_value) = block.decode(x, positions, (key, value, context.visible), (own_key, own_value), step)
+    for block, key, value, own_key, own_value in zip(
+      blocks, context.key, context.value, *own, strict=True
+    ):
+      x, (own_key, own_value) = block.decode(
+        x, positions, (key, value, context.visible), (own_key, own_value), step
+      )
       keys.append(own_key)
       values.append(own_value)
     return model.norm(x), (keys, values)
@@ -262,10 +278,14 @@ def along(vector: Float[Array, "w"], x: Float[Array, "..."]) -> Float[Array, "..
   return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
-def rotate(x: Float[Array, "*b h d"], positions: Int[Array, "*b"], arch: Architecture) -> Float[Array, "*b h d"]:
+def rotate(
+  x: Float[Array, "*b h d"], positions: Int[Array, "*b"], arch: Architecture
+) -> Float[Array, "*b h d"]:
   """Rotates the two halves of each head by position (RoPE), in float32."""
   angle = positions[..., None].astype(jnp.float32)
   angle = angle * along(jnp.asarray(inverse_frequencies(arch)), angle)
   cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
   first, second = jnp.split(x.astype(jnp.float32), 2, -1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(
+    x.dtype
+  )

@@ -13,7 +13,7 @@ from treepo_jax.rollout.tree import ANSWER, EOS, NO_PARENT, NO_ROW, Tree
 def ancestor_at(
   tree: Tree, row: Int[Array, "w"], depth: Int[Array, "w"], most: int
 ) -> Int[Array, "w"]:
-  """Returns the ancestor of each row at a depth, at most `most` steps up; the row itself if less deep."""
+  """Returns each row's ancestor at a depth, at most `most` steps up; itself if less deep."""
   up = lambda _, row: jnp.where(tree.depth[row] > depth, tree.parent[row], row)
   return jax.lax.fori_loop(0, most, up, row)
 

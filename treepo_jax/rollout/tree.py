@@ -1,6 +1,7 @@
 """A tree of segments for each prompt, as arrays.
 
-Axes: B prompts, N nodes (row 0 is the prompt), S tokens of a segment, P tokens of a prompt, W width.
+Axes: B prompts, N nodes (row 0 is the prompt), S tokens of a segment, P tokens of a prompt,
+W width.
 Rows are taken in order, so a parent's row is less than its child's.
 """
 
@@ -134,5 +135,5 @@ def path(tree: Tree, b: int, row: int) -> list[int]:
 
 
 def response(tree: Tree, b: int, row: int) -> list[int]:
-  """Returns the tokens of a trajectory of tree b: its ancestors' tokens, root first (on the host)."""
+  """Returns the tokens of a trajectory of tree b: its ancestors', root first (on the host)."""
   return [t for r in path(tree, b, row) for t in tree.tokens[b, r, : tree.length[b, r]].tolist()]

@@ -29,7 +29,7 @@ class Checkpoints:
       )
     except OSError as error:
       raise UserError(
-        f"cannot write checkpoints to {self.path}: {error.strerror or error}; give another --workdir"
+        f"cannot write checkpoints to {self.path}: {error}; give another --workdir"
       ) from error
 
   def latest(self) -> int | None:

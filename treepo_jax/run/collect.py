@@ -81,7 +81,7 @@ def collect(
 
 
 def _figures(tree, owner, rows, correct, cost) -> dict[str, float]:
-  """Returns the counts of the trees: tokens, fallbacks, why trajectories ended, how prompts went."""
+  """Returns the counts of the trees: tokens, fallbacks, why they ended, how prompts went."""
   depth = tree.depth[owner, rows]
   path = int(((depth - 1) * tree.tokens.shape[2] + tree.length[owner, rows]).sum())
   regrown = tree.source != tree_lib.NO_ROW

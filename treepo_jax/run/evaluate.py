@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from treepo_jax.rollout import grow
@@ -20,7 +19,7 @@ CHUNK = 512  # prompts evaluated at a time
 
 
 def sampler(config, shape: grow.Settings) -> grow.Settings:
-  """Returns the settings of evaluation: config.eval.samples answers a prompt, one by one or as a tree."""
+  """Returns the settings of evaluation: config.eval.samples answers, one by one or as a tree."""
   if config.eval.sampling == "sequential":
     return grow.sequential(shape, config.eval.samples, config.eval.temperature)
   return grow.with_width(shape, config.eval.samples, config.eval.temperature)
@@ -50,16 +49,17 @@ def pass_at(right: int, count: int, k: int) -> float:
 
 
 def majority(answers: Sequence[str | None], correct: Sequence[bool]) -> float:
-  """Returns the chance that the most frequent answer is right, ties broken evenly; no box, no vote."""
-  groups = [rewards.normalise(a) for a in answers if a is not None]
-  if not groups:
-    return 0.0
-  count = Counter(groups)
-  best = [g for g, c in count.items() if c == max(count.values())]
-  right = {
-    rewards.normalise(a) for a, c in zip(answers, correct, strict=True) if c and a is not None
-  }
-  return sum(g in right for g in best) / len(best)
+  """Returns the chance that the most frequent answer is right, ties broken evenly.
+
+  Equal numbers are one answer; an answer without a box has no vote.
+  """
+  votes = [
+    (rewards.normalise(a), c) for a, c in zip(answers, correct, strict=True) if a is not None
+  ]
+  count = Counter(answer for answer, _ in votes)
+  right = {answer for answer, is_right in votes if is_right}
+  best = [answer for answer, n in count.items() if n == max(count.values())]
+  return sum(answer in right for answer in best) / max(len(best), 1)
 
 
 def run(config, workdir: Path) -> dict:

@@ -116,7 +116,7 @@ def write_trees(workdir: Path, step: int, trees: list[dict], policy: setup.Setup
 
 
 def _rollouts(params, position: int, step: int, source, policy: setup.Setup, config):
-  """Rolls out prompts until enough of them have mixed rewards (DAPO's dynamic sampling), or rounds end."""
+  """Rolls out until enough prompts have mixed rewards (DAPO's dynamic sampling), or rounds end."""
   rollouts, mixed = [], 0
   for turn in range(config.train.sampling_rounds):
     batch = data.take(
@@ -162,7 +162,7 @@ def _join(rollouts: list[collect.Rollout], count: int) -> tuple[tree_lib.Tree, n
 
 
 def _merge(figures: list[dict[str, float]]) -> dict[str, float]:
-  """Returns the figures of a step from those of its rounds: counts and times add up, shares average."""
+  """Returns a step's figures from those of its rounds: counts and times add, shares average."""
   merged = {name: float(np.mean([f[name] for f in figures])) for name in figures[0]}
   for name in SUMMED:
     merged[name] = float(sum(f[name] for f in figures))
