@@ -1,6 +1,7 @@
 """Every key of a run with its unit and source, and the check that names a wrong value's key."""
 
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
@@ -117,7 +118,7 @@ def _one_of(c, key: str, allowed: tuple[str, ...]) -> None:
     raise UserError(f"config.{key} = {value!r}: must be one of {names}")
 
 
-def _at_least(c, key: str, least: float) -> None:
+def _at_least(c, key: str, least: int | float) -> None:
   if _value(c, key) < least:
     raise UserError(f"config.{key} = {_value(c, key)}: must be at least {least}")
 
@@ -132,7 +133,7 @@ def _multiple(c, key: str, of: str) -> None:
     )
 
 
-def _value(c, key: str):
+def _value(c, key: str) -> Any:
   for part in key.split("."):
     c = c[part]
   return c

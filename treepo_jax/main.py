@@ -21,11 +21,11 @@ def main(argv: list[str]) -> None:
   """Runs one mode; a mistake of the user ends with a message and exit status 2."""
   if len(argv) > 1:
     raise config_lib.UserError(f"{argv[1]!r} is no flag: flags begin with --")
-  for name, flag in (("config", CONFIG), ("workdir", WORKDIR)):
-    if flag.value is None:
-      raise config_lib.UserError(
-        f"--{name} is missing, for example --config=configs/tiny.py --workdir=runs/tiny"
-      )
+  if CONFIG.value is None or WORKDIR.value is None:
+    name = "config" if CONFIG.value is None else "workdir"
+    raise config_lib.UserError(
+      f"--{name} is missing, for example --config=configs/tiny.py --workdir=runs/tiny"
+    )
   config, workdir = config_lib.validate(CONFIG.value), Path(WORKDIR.value)
 
   from treepo_jax.run import (
@@ -53,10 +53,11 @@ def _parse(argv: list[str]) -> list[str]:
       _ = CONFIG.value.lock  # of a file that is missing or broken any attribute raises
     return rest
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    text = str(error)
     if isinstance(error, AttributeError | KeyError):
+      text = text.replace("\\n", ". ").replace("\\", "").replace("'", "")  # repr of a repr
       text = f"a --config.KEY=VALUE names a key that does not exist: {text}"
-    raise config_lib.UserError(text.replace("\\'", "'")) from error
+    raise config_lib.UserError(text) from error
 
 
 def cli() -> None:

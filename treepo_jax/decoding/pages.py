@@ -8,14 +8,17 @@ last trajectory has ended.
 Axes: N layers, P pages of the pool, K key-value heads, T tokens of a page, D head size.
 """
 
-import chex
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from treepo_jax import struct
 
 NO_PAGE = -1
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class Pool:
   """Pages of a device.
 
@@ -51,7 +54,9 @@ def take(pool: Pool, wanted: Int[Array, "*w"]) -> tuple[Pool, Int[Array, "*w"]]:
   flat = wanted.reshape(-1) != 0
   rank = jnp.cumsum(flat) - 1
   page = jnp.where(flat, pool.free[pool.size - 1 - rank], NO_PAGE)
-  return pool.replace(size=pool.size - flat.sum(dtype=jnp.int32)), page.reshape(wanted.shape)
+  return dataclasses.replace(pool, size=pool.size - flat.sum(dtype=jnp.int32)), page.reshape(
+    wanted.shape
+  )
 
 
 def release(pool: Pool, pages: Int[Array, "*w"]) -> Pool:
@@ -60,7 +65,7 @@ def release(pool: Pool, pages: Int[Array, "*w"]) -> Pool:
   held = flat != NO_PAGE
   spot = jnp.where(held, pool.size + jnp.cumsum(held) - 1, pool.free.shape[0])
   free = pool.free.at[spot].set(flat, mode="drop")
-  return pool.replace(free=free, size=pool.size + held.sum(dtype=jnp.int32))
+  return dataclasses.replace(pool, free=free, size=pool.size + held.sum(dtype=jnp.int32))
 
 
 def write(
@@ -71,7 +76,8 @@ def write(
 ) -> Pool:
   """Writes whole pages; entries whose page is NO_PAGE are dropped."""
   spot = jnp.where(pages == NO_PAGE, pool.free.shape[0], pages)
-  return pool.replace(
+  return dataclasses.replace(
+    pool,
     key=pool.key.at[:, spot].set(key, mode="drop"),
     value=pool.value.at[:, spot].set(value, mode="drop"),
   )

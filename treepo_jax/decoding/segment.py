@@ -14,12 +14,12 @@ V vocabulary, A automaton states.
 
 import dataclasses
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int8, UInt32
 
+from treepo_jax import struct
 from treepo_jax.decoding import pages as pages_lib
 from treepo_jax.decoding import sampling, stopping
 from treepo_jax.model import transformer
@@ -39,7 +39,7 @@ class Settings:
   unroll: bool
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class Rows:
   """What is to be decoded.
 
@@ -67,7 +67,7 @@ class Rows:
   sees: Bool[Array, "g m u"]
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class Segment:
   """What was decoded.
 
@@ -131,7 +131,8 @@ def decode(
     visible=visible,
   )
   keys = sampling.row_keys(key, rows.prompt_id, rows.node)
-  shape = rows.live.shape
+  groups, members = rows.live.shape
+  shape = (groups, members)
 
   def running(carry):
     step, alive = carry[0], carry[1]
@@ -158,7 +159,12 @@ def decode(
     return step + 1, alive & (stop == CONTINUES), token, state, own, out
 
   empty = nothing(shape, settings.segment)
-  out = {name: empty[name] for name in ("tokens", "log_probs", "length", "stop")}
+  out = {
+    "tokens": empty.tokens,
+    "log_probs": empty.log_probs,
+    "length": empty.length,
+    "stop": empty.stop,
+  }
   own = _buffers(pool, shape, settings)
   carry = (jnp.zeros((), jnp.int32), rows.live, rows.last, rows.state, own, out)
   steps, _, _, state, own, out = jax.lax.while_loop(running, body, carry)
@@ -192,7 +198,7 @@ def prefill(
   page = pool.key.shape[3]
   slots = pages.shape[1] * page
   cache = transformer.prefill(graph, params, prompt, length)
-  source = jnp.arange(slots) - (slots - (length[:, None] - 1))  # token of each slot
+  source = jnp.arange(slots)[None] - (slots - (length[:, None] - 1))  # token of each slot
   source = jnp.clip(source, 0, prompt.shape[1] - 1)
 
   def pack(x):  # [N, B, P, K, D] -> [N, B * U, K, T, D]
@@ -205,9 +211,8 @@ def prefill(
 
 def _visible(rows: Rows, page: int) -> Bool[Array, "g m c"]:
   """Returns which context tokens each row sees."""
-  valid = (jnp.arange(page) >= rows.start[..., None]) & (rows.context != pages_lib.NO_PAGE)[
-    ..., None
-  ]
+  held = (rows.context != pages_lib.NO_PAGE)[..., None]
+  valid = held & (jnp.arange(page)[None, None] >= rows.start[..., None])
   visible = rows.sees[..., None] & valid[:, None]
   return visible.reshape(*rows.sees.shape[:2], -1)
 

@@ -34,4 +34,4 @@ def repeats(
   for i in range(window):
     match &= jax.lax.dynamic_slice(same, (i, i), (starts, starts))
   valid = jnp.arange(starts) >= h - length
-  return ((match & valid[:, None] & valid).sum(-1) >= count).any()
+  return ((match & valid[:, None] & valid[None]).sum(-1) >= count).any()

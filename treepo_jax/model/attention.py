@@ -4,6 +4,8 @@ Axes: R packed rows, L tokens of a row, G groups of decode rows, M rows of a gro
 tokens of a group, S tokens of a segment, H heads, K key-value heads, D head size.
 """
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -32,7 +34,9 @@ def packed(
   index = jnp.arange(end.shape[1])
   i, j = index[None, :, None], index[None, None, :]
   mask = (j <= i) & (i < end[:, None, :])
-  return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+  exact = query.dtype == jnp.float32  # dot_product_attention takes no precision of its own
+  with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
+    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
 
 
 def shared(
@@ -54,8 +58,12 @@ def shared(
   query = query.reshape(g, m, k, h // k, d) * d**-0.5
   f32 = jnp.float32
   precision = _precision(query.dtype)
-  far = jnp.einsum("gmkhd,gkcd->gmkhc", query, context_key, precision=precision, preferred_element_type=f32)
-  near = jnp.einsum("gmkhd,gmksd->gmkhs", query, own_key, precision=precision, preferred_element_type=f32)
+  far = jnp.einsum(
+    "gmkhd,gkcd->gmkhc", query, context_key, precision=precision, preferred_element_type=f32
+  )
+  near = jnp.einsum(
+    "gmkhd,gmksd->gmkhs", query, own_key, precision=precision, preferred_element_type=f32
+  )
   far = jnp.where(visible[:, :, None, None], far, MASKED)
   near = jnp.where(jnp.arange(own_key.shape[3]) <= step, near, MASKED)
   weight = jax.nn.softmax(jnp.concatenate([far, near], -1), -1).astype(query.dtype)

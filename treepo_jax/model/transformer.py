@@ -7,13 +7,13 @@ W width, H heads, K key-value heads, D head size, V vocabulary, N layers.
 import dataclasses
 import math
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from treepo_jax import struct
 from treepo_jax.model import attention
 
 
@@ -49,7 +49,7 @@ class Architecture:
   qk_norm: bool
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class Context:
   """What a group of decode rows sees beyond its own segment.
 

@@ -9,7 +9,7 @@ each device of data x fsdp.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ def with_width(shape: Settings, samples: int, temperature: float) -> Settings:
 def grow(
   params: dict,
   key: jax.Array,
-  prompts: list,
+  prompts: Sequence,
   *,
   graph: nnx.GraphDef,
   table: np.ndarray,
@@ -189,7 +189,7 @@ def _fit(shape: Settings, prompts: int) -> Settings:
   return dataclasses.replace(shape, groups=groups, pages=pages)
 
 
-def _arrays(prompts: list, shards: int, shape: Settings) -> tuple[np.ndarray, ...]:
+def _arrays(prompts: Sequence, shards: int, shape: Settings) -> tuple[np.ndarray, ...]:
   """Returns tokens, length, identity of the prompts and which are real, [shards, B, ...]."""
   count = -(-len(prompts) // shards)  # prompts a shard; the last are padding
   tokens = np.zeros((shards * count, shape.prompt_length), np.int32)
@@ -235,7 +235,7 @@ def _prefill(growth: Growth, params: dict, part: Int[Array, ""], *, graph: nnx.G
     params,
     graph=graph,
   )
-  return growth.replace(pool=pool)
+  return dataclasses.replace(growth, pool=pool)
 
 
 def _decode(
@@ -252,8 +252,11 @@ def _decode(
   """Decodes the first `groups` groups with room for `shared` nodes; pads to all groups."""
   context = shape.pages_of_prompt + shared * shape.pages_of_segment
   rows = jax.tree.map(lambda x: x[:groups], growth.rows)
-  rows = rows.replace(
-    context=rows.context[:, :context], start=rows.start[:, :context], sees=rows.sees[..., :context]
+  rows = dataclasses.replace(
+    rows,
+    context=rows.context[:, :context],
+    start=rows.start[:, :context],
+    sees=rows.sees[..., :context],
   )
   pool, segment = segment_lib.decode(
     growth.pool,
@@ -268,7 +271,9 @@ def _decode(
     jnp.pad(x, [(0, shape.groups - groups)] + [(0, 0)] * (x.ndim - 1)) if x.ndim else x
   )
   segment = jax.tree.map(pad, segment)
-  return growth.replace(pool=pool), segment.replace(steps=segment.steps * rows.live.size)
+  return dataclasses.replace(growth, pool=pool), dataclasses.replace(
+    segment, steps=segment.steps * rows.live.size
+  )
 
 
 def _finish(growth: Growth, count: int, graph: nnx.GraphDef, params: dict, shape: Settings):

@@ -10,11 +10,11 @@ Axes: B prompts of a shard, N nodes, W width, G groups, M rows of a group.
 import dataclasses
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from treepo_jax import struct
 from treepo_jax.decoding import pages as pages_lib
 from treepo_jax.decoding import segment as segment_lib
 from treepo_jax.decoding import stopping
@@ -62,7 +62,7 @@ class Settings:
     return max(self.group * (self.depth - 1), 1)
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class Counters:
   """What the rollout of a shard has cost so far."""
 
@@ -72,7 +72,7 @@ class Counters:
   read_flat: Float[Array, ""]  # and if each row read its own path
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class Growth:
   """A shard's trees while they grow.
 
@@ -156,8 +156,10 @@ def advance(
     growth.tree, growth.paths, slots, own, shared=shape.shared, depth=shape.depth, page=shape.page
   )
   tree, node = _targets(slots, growth.tree)
-  paths = growth.paths.replace(pages=growth.paths.pages.at[tree, node].set(own, mode="drop"))
-  growth = growth.replace(slots=slots, rows=rows, pool=pool, paths=paths)
+  paths = dataclasses.replace(
+    growth.paths, pages=growth.paths.pages.at[tree, node].set(own, mode="drop")
+  )
+  growth = dataclasses.replace(growth, slots=slots, rows=rows, pool=pool, paths=paths)
   unfinished = (growth.real & ~growth.done).sum()
   return growth, jnp.stack([groups, shared, growth.fresh.sum(), unfinished])
 
@@ -173,22 +175,25 @@ def _store(growth: Growth, segment: segment_lib.Segment, shape: Settings) -> Gro
   b, n = tree.parent.shape
   allowed = shape.response_length - (tree.depth[slots.tree, slots.node] - 1) * s
   length = jnp.minimum(segment.length, allowed)
-  kept = jnp.arange(s) < length[..., None]
+  kept = jnp.arange(s)[None, None] < length[..., None]
   at = _targets(slots, tree)
   put = lambda old, new: old.at[at].set(new, mode="drop")
-  tree = tree.replace(
+  tree = dataclasses.replace(
+    tree,
     tokens=put(tree.tokens, jnp.where(kept, segment.tokens, 0)),
     log_probs=put(tree.log_probs, jnp.where(kept, segment.log_probs, 0)),
     length=put(tree.length, length),
   )
   status = _status(tree, slots, segment, allowed, shape)
-  tree = tree.replace(status=put(tree.status, status))
-  paths = growth.paths.replace(state=put(growth.paths.state, segment.state))
+  tree = dataclasses.replace(tree, status=put(tree.status, status))
+  paths = dataclasses.replace(growth.paths, state=put(growth.paths.state, segment.state))
 
   ended = jnp.zeros((b, n), bool).at[at].set(status >= tree_lib.EOS, mode="drop")
-  tree = tree.replace(leaves=jax.vmap(_append)(tree.leaves, ended))
+  tree = dataclasses.replace(tree, leaves=jax.vmap(_append)(tree.leaves, ended))
   pool = pages_lib.release(growth.pool, jnp.where(ended[..., None], paths.pages, pages_lib.NO_PAGE))
-  paths = paths.replace(pages=jnp.where(ended[..., None], pages_lib.NO_PAGE, paths.pages))
+  paths = dataclasses.replace(
+    paths, pages=jnp.where(ended[..., None], pages_lib.NO_PAGE, paths.pages)
+  )
   old = growth.counters
   counters = Counters(
     row_steps=old.row_steps + segment.steps,
@@ -196,7 +201,7 @@ def _store(growth: Growth, segment: segment_lib.Segment, shape: Settings) -> Gro
     read_shared=old.read_shared + segment.read_shared,
     read_flat=old.read_flat + segment.read_flat,
   )
-  return growth.replace(tree=tree, paths=paths, pool=pool, counters=counters)
+  return dataclasses.replace(growth, tree=tree, paths=paths, pool=pool, counters=counters)
 
 
 def _status(tree, slots, segment, allowed, shape: Settings) -> Int[Array, "g m"]:
@@ -251,10 +256,11 @@ def _plan(growth: Growth, key: jax.Array, shape: Settings) -> Growth:
   free = lambda held: jnp.where(over.reshape(-1, *[1] * (held.ndim - 1)), held, pages_lib.NO_PAGE)
   drop = lambda held: jnp.where(over.reshape(-1, *[1] * (held.ndim - 1)), pages_lib.NO_PAGE, held)
   pool = pages_lib.release(pages_lib.release(pool, free(paths.prompt)), free(paths.pages))
-  return growth.replace(
+  return dataclasses.replace(
+    growth,
     tree=tree,
     pool=pool,
-    paths=paths.replace(prompt=drop(paths.prompt), pages=drop(paths.pages)),
+    paths=dataclasses.replace(paths, prompt=drop(paths.prompt), pages=drop(paths.pages)),
     done=done,
     before=jnp.where(ready, finished, growth.before),
     wave=growth.wave + ready,
@@ -286,18 +292,19 @@ def _admit(growth: Growth, key: jax.Array, shape: Settings) -> Growth:
   draw = functools.partial(branching.initial, least=shape.initial, most=shape.initial_max)
   keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), 0))(tree.prompt_id)
   first = jnp.where(fresh, jax.vmap(draw)(keys), 0)
-  parent = jnp.where(jnp.arange(shape.width) < first[:, None], 0, tree_lib.NO_PARENT)
+  parent = jnp.where(jnp.arange(shape.width)[None] < first[:, None], 0, tree_lib.NO_PARENT)
   tree = jax.vmap(tree_lib.attach)(tree, parent, jnp.full(parent.shape, tree_lib.NO_ROW, jnp.int32))
 
   held = -(-(tree.prompt_length - 1) // shape.page)
   x = shape.pages_of_prompt
-  wanted = fresh[:, None] & (jnp.arange(x) >= x - held[:, None])
+  wanted = fresh[:, None] & (jnp.arange(x)[None] >= x - held[:, None])
   pool, pages = pages_lib.take(growth.pool, wanted.astype(jnp.int32))
   prompt = jnp.where(fresh[:, None], pages, growth.paths.prompt)
-  return growth.replace(
+  return dataclasses.replace(
+    growth,
     tree=tree,
     pool=pool,
-    paths=growth.paths.replace(prompt=prompt),
+    paths=dataclasses.replace(growth.paths, prompt=prompt),
     admitted=growth.admitted | admitted,
     fresh=fresh,
     wave=growth.wave + fresh,  # wave 0 drew the first branches

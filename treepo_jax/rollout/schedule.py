@@ -8,17 +8,17 @@ Axes: B trees, N nodes, Q rows = G groups x M rows of a group, D depth, U shared
 J pages of a segment, X pages of a prompt, P tokens of a prompt, S tokens of a segment.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from treepo_jax import struct
 from treepo_jax.decoding import pages as pages_lib
 from treepo_jax.decoding.segment import Rows
 from treepo_jax.rollout.tree import OPEN, Tree
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class Slots:
   """Which node each row decodes; rows not live name tree 0, node 0."""
 
@@ -27,7 +27,7 @@ class Slots:
   node: Int[Array, "g m"]
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class Paths:
   """Pages of each tree, and where its automaton stands.
 
@@ -90,7 +90,7 @@ def rows(
   place = jnp.where(used, jnp.cumsum(used, 1) - 1, shared)
   nodes = jnp.zeros((g, shared), jnp.int32)
   nodes = nodes.at[jnp.arange(g)[:, None], place].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
-  held = jnp.arange(shared) < used.sum(1)[:, None]
+  held = jnp.arange(shared)[None] < used.sum(1)[:, None]
   spot = place[group, path]
   sees = jnp.zeros((g, m, shared), bool)
   sees = sees.at[group, jnp.arange(m)[:, None], spot].set(True, mode="drop")
@@ -100,7 +100,7 @@ def rows(
   per_node = node_pages.shape[2]
   tokens = tree.prompt_length[owner] - 1  # of the prompt that lie in pages
   full = -(-tokens // page)
-  first = jnp.arange(prompt_pages) == (prompt_pages - full)[:, None]
+  first = jnp.arange(prompt_pages)[None] == (prompt_pages - full)[:, None]
   prompt_start = jnp.where(first, (full * page - tokens)[:, None], 0)
   last_of_prompt = tree.prompt[slots.tree, tree.prompt_length[slots.tree] - 1]
   return Rows(

@@ -5,10 +5,13 @@ W width.
 Rows are taken in order, so a parent's row is less than its child's.
 """
 
-import chex
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from treepo_jax import struct
 
 NO_PARENT = -1
 NO_ROW = -1
@@ -19,7 +22,7 @@ STOP_NAMES = {EOS: "eos", ANSWER: "answer", LENGTH: "length", DEPTH: "depth",
               REPETITION: "repetition"}  # fmt: skip
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class Tree:
   """Trees of a batch of prompts.
 
@@ -90,7 +93,7 @@ def ancestors(parent: Int[Array, "n"]) -> Bool[Array, "n n"]:
   """Returns reach[i, j]: row j is row i or an ancestor of it (rows not taken reach themselves)."""
   n = parent.shape[0]
   up = jnp.where(parent == NO_PARENT, jnp.arange(n), parent)
-  reach = jnp.eye(n, dtype=bool) | (jnp.arange(n) == up[:, None])
+  reach = jnp.eye(n, dtype=bool) | (jnp.arange(n)[None] == up[:, None])
   for _ in range(max(n - 1, 1).bit_length() - 1):
     # Doubling: after k hops `reach` holds the 2^k nearest ancestors and `up` the 2^k-th.
     up = up[up]
@@ -108,7 +111,8 @@ def attach(
   live = parent != NO_PARENT
   row = jnp.where(live, tree.size + jnp.cumsum(live) - 1, n)  # row n is dropped
   status = tree.status.at[jnp.where(live, parent, n)].set(INNER, mode="drop")
-  return tree.replace(
+  return dataclasses.replace(
+    tree,
     parent=tree.parent.at[row].set(parent, mode="drop"),
     depth=tree.depth.at[row].set(tree.depth[parent] + 1, mode="drop"),
     status=status.at[row].set(OPEN, mode="drop"),
@@ -130,7 +134,7 @@ def path(tree: Tree, b: int, row: int) -> list[int]:
   rows = []
   while row > 0:
     rows.append(int(row))
-    row = tree.parent[b, row]
+    row = int(tree.parent[b, row])
   return rows[::-1]
 
 

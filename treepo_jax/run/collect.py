@@ -54,11 +54,10 @@ def collect(
   )
   grown = time.perf_counter()
   owner, slot = np.nonzero(tree.leaves != tree_lib.NO_ROW)
-  rows = tree.leaves[owner, slot]
-  texts = [
-    setup.text.decode(tree_lib.response(tree, b, r)) for b, r in zip(owner, rows, strict=True)
-  ]
-  grades = rewards.grade(texts, [prompts[b].gold for b in owner])
+  rows = np.asarray(tree.leaves)[owner, slot]
+  ended = list(zip(owner.tolist(), rows.tolist(), strict=True))
+  texts = [setup.text.decode(tree_lib.response(tree, b, row)) for b, row in ended]
+  grades = rewards.grade(texts, [prompts[b].gold for b, _ in ended])
   reward = np.zeros(tree.parent.shape, np.float32)
   reward[owner, rows] = np.where(grades.correct, config.reward.correct, config.reward.wrong)
   graded = time.perf_counter()

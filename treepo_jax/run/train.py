@@ -89,7 +89,9 @@ def _step(
   trees, reward = _join(rollouts, config.train.sampling_rounds * config.rollout.prompts)
   chosen = _chosen(rollouts, trees.size.shape[0], config)
   # A tree that is left out has no leaves for credit and packing; shapes stay what they were.
-  trained = trees.replace(leaves=np.where(chosen[:, None], trees.leaves, tree_lib.NO_ROW))
+  trained = dataclasses.replace(
+    trees, leaves=np.where(chosen[:, None], trees.leaves, tree_lib.NO_ROW)
+  )
   credit = jax.device_get(advantages.estimate(trained, reward, config=config))
   batches = packing.pack(trained, credit.white, config=config)
   state, measured = update.step(state, batches, graph=policy.graph, config=config, mesh=policy.mesh)
@@ -148,17 +150,17 @@ def _chosen(rollouts: list[collect.Rollout], count: int, config) -> np.ndarray:
 
 def _join(rollouts: list[collect.Rollout], count: int) -> tuple[tree_lib.Tree, np.ndarray]:
   """Returns all trees and rewards as one batch of `count`, filled up with trees without leaves."""
+  empty = {"prompt_length": 1, "size": 1, "parent": tree_lib.NO_PARENT}
+  empty |= {"leaves": tree_lib.NO_ROW, "source": tree_lib.NO_ROW}
 
-  def join(fill, *parts):
+  def join(path: tuple, *parts: np.ndarray) -> np.ndarray:
     whole = np.concatenate(parts)
-    return np.pad(
-      whole, [(0, count - len(whole))] + [(0, 0)] * (whole.ndim - 1), constant_values=fill
-    )
+    missing = [(0, count - len(whole))] + [(0, 0)] * (whole.ndim - 1)
+    name = str(path[-1].name) if path else "reward"
+    return np.pad(whole, missing, constant_values=empty[name] if name in empty else 0)
 
-  fill = tree_lib.Tree(**{name: 0 for name in rollouts[0].tree})
-  fill = fill.replace(prompt_length=1, size=1, parent=tree_lib.NO_PARENT, leaves=tree_lib.NO_ROW)
-  trees = jax.tree.map(join, fill, *(rollout.tree for rollout in rollouts))
-  return trees, join(0, *(rollout.reward for rollout in rollouts))
+  trees = jax.tree_util.tree_map_with_path(join, *(rollout.tree for rollout in rollouts))
+  return trees, join((), *(rollout.reward for rollout in rollouts))
 
 
 def _merge(figures: list[dict[str, float]]) -> dict[str, float]:
@@ -229,9 +231,11 @@ def rollout(config, workdir: Path) -> dict:
   setup.claim(workdir, config)
   policy = setup.load(config)
   source = data.source(config, split="train")
-  params = policy.params
-  rollouts, _ = _rollouts(params, 0, 0, source, policy, _once(config))
-  made = rollouts[0]
+  batch = data.take(source, policy.text, start=0, count=config.rollout.prompts, config=config)
+  key = setup.key(config, 0, 0)
+  made = collect.collect(
+    policy.params, key, batch.prompts, setup=policy, shape=policy.shape, config=config
+  )
   credit = jax.device_get(advantages.estimate(made.tree, made.reward, config=config))
   written = records.records(made.tree, made.reward, credit.raw, credit.white, made.prompts, 0)
   write_trees(workdir, 0, written, policy)
