@@ -34,7 +34,7 @@ def default() -> ml_collections.ConfigDict:
   c.data = ml_collections.ConfigDict()
   c.data.path = ""  # a JSONL file of prompts; "": the embedded arithmetic task
   c.data.eval_path = ""  # held-out JSONL file; needed where data.path is given
-  c.data.levels = (2, 3, 4)  # arithmetic: operations a problem
+  c.data.levels = (3, 4, 5)  # arithmetic: operations a problem
   c.data.overlong = "error"  # a prompt beyond rollout.prompt_length: "error" | "drop"
   c.data.template = "plain"  # "plain": the text as it is | "chat": the tokenizer's chat template
 

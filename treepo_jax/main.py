@@ -1,5 +1,6 @@
 """The command: python -m treepo_jax.main --config=configs/tiny.py --workdir=runs/tiny."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -28,6 +29,9 @@ def main(argv: list[str]) -> None:
     )
   config, workdir = config_lib.validate(CONFIG.value), Path(WORKDIR.value)
 
+  # A second run, or one that continues, finds its programs compiled.
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "treepo_jax"))
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
   from treepo_jax.run import (
     evaluate,
     train,

@@ -7,12 +7,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 BLOCK = 128  # tokens of a block in the two-level inverse of the distribution function
 
 
-def row_keys(key: jax.Array, prompt_id: Int[Array, "*q"], node: Int[Array, "*q"]) -> jax.Array:
+def row_keys(key: jax.Array, prompt_id: UInt32[Array, "*q"], node: Int[Array, "*q"]) -> jax.Array:
   """Returns a key a row, folded from the prompt's identity and the node's row in its tree."""
   fold = jax.random.fold_in
   one = lambda i, n: fold(fold(key, i), n)
@@ -41,21 +41,26 @@ def draw(
   embedding beyond the tokenizer) are never drawn; the log-prob is the raw policy's.
   """
   size = logits.shape[0]
-  top = logits.max()
-  weight = jnp.exp((logits - top) / temperature)
-  weight = jnp.where(jnp.arange(size) < vocabulary, weight, 0)
+  scaled = jnp.where(jnp.arange(size) < vocabulary, logits / temperature, -jnp.inf)
+  weight = jnp.exp(scaled - scaled.max())
   weight = jnp.pad(weight, (0, -size % BLOCK)).reshape(-1, BLOCK)
   mass = weight.sum(-1)
   upto = jnp.cumsum(mass)
   target = uniform * upto[-1]
-  block = jnp.minimum((upto <= target).sum(), _last(mass))
+  block = _first(upto > target, mass)
   inside = weight[block]
   rest = target - (upto[block] - mass[block])
-  place = jnp.minimum((jnp.cumsum(inside) <= rest).sum(), _last(inside))
+  place = _first(jnp.cumsum(inside) > rest, inside)
   token = (block * BLOCK + place).astype(jnp.int32)
   return token, logits[token] - jax.nn.logsumexp(logits)
 
 
-def _last(weight: Float[Array, "n"]) -> Int[Array, ""]:
-  """Returns the last index with any weight: rounding must not step past it."""
-  return jnp.max(jnp.where(weight > 0, jnp.arange(weight.shape[0]), 0))
+def _first(beyond: Bool[Array, "n"], weight: Float[Array, "n"]) -> Int[Array, ""]:
+  """Returns the first index beyond the target that has any weight, else the last that has.
+
+  Sums are rounded, so the target may lie a little before or after the place that it was scaled to:
+  what has no weight is passed over all the same.
+  """
+  index, some = jnp.arange(weight.shape[0]), weight > 0
+  last = jnp.max(jnp.where(some, index, 0))
+  return jnp.min(jnp.where(some & beyond, index, last))

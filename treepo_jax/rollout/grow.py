@@ -27,6 +27,7 @@ from treepo_jax.rollout import tree as tree_lib
 from treepo_jax.rollout.growth import Growth, Settings
 
 PREFILL = 16  # prompts a prefill call and shard
+LEAST_ROWS, LEAST_SHARED = 32, 8  # smaller programs would save less than their compilation costs
 
 
 def settings(config, *, vocabulary: int, eos_ids: tuple[int, ...], closed: int) -> Settings:
@@ -114,8 +115,11 @@ def grow(
       break
     for part in range(-(-int(fresh) // PREFILL)):
       growth = calls.prefill(growth, params, jnp.asarray(part))
-    bucket = _bucket(int(groups), shape.groups), _bucket(int(shared), shape.shared)
-    growth, segment = calls.decode(growth, params, table, key, *bucket)
+    size = (
+      _bucket(int(groups), shape.groups, -(-LEAST_ROWS // shape.group)),
+      _bucket(int(shared), shape.shared, LEAST_SHARED),
+    )
+    growth, segment = calls.decode(growth, params, table, key, *size)
   return _finish(growth, len(prompts), graph, params, shape)
 
 
@@ -169,10 +173,10 @@ class _Decode:
     return self.sizes[groups, shared](growth, params, table, key)
 
 
-def _bucket(needed: int, most: int) -> int:
-  """Returns the size to compile for: most, or a quarter of it, and so on down."""
+def _bucket(needed: int, most: int, least: int) -> int:
+  """Returns the size to compile for: most, or a quarter of it, and so on down to `least`."""
   size = most
-  while size // 4 >= max(needed, 1):
+  while size // 4 >= max(needed, least):
     size //= 4
   return size
 

@@ -1,0 +1,137 @@
+"""Draws follow softmax exactly, never leave the vocabulary, and depend on identity alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from treepo_jax.decoding import sampling
+
+SIZE, VOCABULARY = 300, 290  # three blocks, the last of them in part, and padding
+FALSE_ALARM = 1e-4  # of a right sampler so many seeds fail
+
+
+@functools.cache
+def _draw(temperature: float, vocabulary: int):
+  return jax.jit(lambda logits, u: sampling.draw(logits, u, temperature, vocabulary))
+
+
+def draw(logits, u, temperature=1.0, vocabulary=VOCABULARY):
+  """Returns the tokens that one row of logits gives for many u."""
+  u = np.asarray(u, np.float32)
+  logits = np.broadcast_to(np.asarray(logits, np.float32), (len(u), len(logits)))
+  return [np.asarray(x) for x in _draw(temperature, vocabulary)(logits, u)]
+
+
+def some_logits(seed: int, scale: float = 2.0) -> np.ndarray:
+  return (scale * np.random.default_rng(seed).normal(size=SIZE)).astype(np.float32)
+
+
+def law(logits: np.ndarray, temperature: float) -> np.ndarray:
+  chance = special.softmax(logits[:VOCABULARY].astype(np.float64) / temperature)
+  return np.concatenate([chance, np.zeros(SIZE - VOCABULARY)])
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_draws_pass_a_chi_square_test(temperature):
+  count, logits = 40_000, some_logits(0)
+  prompts = np.repeat(np.arange(count // 8, dtype=np.uint32), 8)
+  keys = sampling.row_keys(jax.random.key(5), jnp.asarray(prompts), jnp.arange(count) % 8)
+  token, _ = draw(logits, sampling.uniform(keys, jnp.int32(3)), temperature)
+  expected = count * law(logits, temperature)
+  found = np.bincount(token, minlength=SIZE)
+  rare = expected < 5
+  assert not found[VOCABULARY:].any()
+  pool = lambda x: np.append(x[~rare], x[rare].sum())
+  assert stats.chisquare(pool(found), pool(expected)).pvalue > FALSE_ALARM
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 3.0])
+@pytest.mark.parametrize("padding", [-5.0, 0.0, 60.0])
+def test_every_token_has_its_share_of_the_unit_interval(temperature, padding):
+  logits = some_logits(1)
+  logits[VOCABULARY:] = padding  # the rows beyond the tokenizer may hold anything
+  grid = 20_000
+  token, _ = draw(logits, (np.arange(grid) + 0.5) / grid, temperature)
+  assert (np.diff(token) >= 0).all()  # the inverse of the distribution function
+  share = np.bincount(token, minlength=SIZE) - grid * law(logits, temperature)
+  assert np.abs(share).max() < 1.1
+
+
+def test_both_ends_of_the_unit_interval():
+  logits = some_logits(2)
+  first, last = draw(logits, [0.0, np.nextafter(np.float32(1), np.float32(0))])[0]
+  assert first == 0 and last == VOCABULARY - 1
+  logits[[0, 1, VOCABULARY - 1]] = -np.inf
+  first, last = draw(logits, [0.0, np.nextafter(np.float32(1), np.float32(0))])[0]
+  assert first == 2 and last == VOCABULARY - 2
+
+
+@pytest.mark.parametrize("size", [5, 128, 129, 700])
+def test_any_size_of_vocabulary(size):
+  logits = np.linspace(-1, 1, size)
+  grid = (np.arange(3000) + 0.5) / 3000
+  token, log_prob = draw(logits, grid, 1.0, size)
+  share = np.bincount(token, minlength=size) - 3000 * special.softmax(logits)
+  assert np.abs(share).max() < 1.1
+  np.testing.assert_allclose(log_prob, special.log_softmax(logits)[token], atol=1e-5)
+
+
+def test_tokens_without_probability_are_never_drawn():
+  # Aim at the borders of the blocks, where rounding could step to either side.
+  random = np.random.default_rng(3)
+  for seed in range(60):
+    logits = some_logits(seed)
+    gone = random.random(SIZE) < 0.5
+    gone[[0, 128, 256]] = True  # the first of each block
+    gone[128:256] |= seed % 3 == 0  # and a whole block
+    logits[gone] = (-np.inf, -1e9, -200.0)[seed % 3]
+    mass = np.add.reduceat(law(logits, 1.0), [0, 128, 256])
+    edges = np.cumsum(mass)[:2].astype(np.float32)
+    near = (edges[:, None].view(np.int32) + np.arange(-40, 41, dtype=np.int32)).view(np.float32)
+    token, log_prob = draw(logits, near.ravel())
+    assert not gone[token].any(), seed
+    assert np.isfinite(log_prob).all()
+
+
+def test_one_token_alone_is_always_drawn():
+  logits = np.full(SIZE, -np.inf, np.float32)
+  logits[137] = 4.0
+  token, log_prob = draw(logits, [0.0, 0.3, 0.999999])
+  assert token.tolist() == [137] * 3 and log_prob.tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_log_prob_is_the_policys_at_temperature_one(temperature):
+  logits = some_logits(4)
+  token, log_prob = draw(logits, np.linspace(0, 0.999, 500), temperature)
+  np.testing.assert_allclose(log_prob, special.log_softmax(logits)[token], atol=1e-5)
+
+
+IDS = np.array([0, 1, 7, 7, 2**31, 2**32 - 1], np.uint32)
+NODES = np.array([1, 1, 3, 4, 3, 12], np.int32)
+
+
+def numbers(ids, nodes, step: int, seed: int = 0) -> np.ndarray:
+  keys = sampling.row_keys(jax.random.key(seed), jnp.asarray(ids), jnp.asarray(nodes))
+  return np.asarray(sampling.uniform(keys, jnp.int32(step)))
+
+
+def test_draws_follow_the_identity_and_not_the_place():
+  alone = numbers(IDS, NODES, 2)
+  order = np.random.default_rng(0).permutation(len(IDS))
+  np.testing.assert_array_equal(numbers(IDS[order], NODES[order], 2), alone[order])
+  grouped = numbers(IDS.reshape(2, 3), NODES.reshape(2, 3), 2)
+  np.testing.assert_array_equal(grouped, alone.reshape(2, 3))
+  np.testing.assert_array_equal(numbers(IDS[3:4], NODES[3:4], 2), alone[3:4])
+
+
+def test_every_part_of_the_identity_counts():
+  found = [numbers(IDS, NODES, step, seed) for step in range(4) for seed in range(3)]
+  found.append(numbers(IDS, NODES + 1, 0))
+  found = np.concatenate(found)
+  assert len(np.unique(found)) == len(found) - 1  # (7, 3 + 1) is (7, 4), the row after it
+  assert (found >= 0).all() and (found < 1).all()

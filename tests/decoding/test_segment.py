@@ -1,0 +1,316 @@
+"""Segments decoded over shared pages are what a plain forward of each path says.
+
+Trees are kept as plain lists here and their pages laid out by hand, in random order, in a pool
+whose other pages hold junk.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from treepo_jax.decoding import pages as pages_lib
+from treepo_jax.decoding import segment as segment_lib
+from treepo_jax.model import transformer
+
+ARCH = transformer.Architecture(
+  family="qwen3",
+  vocab_size=48,
+  width=16,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  head_dim=8,
+  hidden=24,
+  norm_eps=1e-6,
+  rope_theta=1e4,
+  rope_scaling=None,
+  max_positions=64,
+  tied=False,
+  qkv_bias=True,
+  output_bias=False,
+  qk_norm=True,
+)
+VOCABULARY, EOS_IDS, CLOSED = 40, (1, 5), 2
+PAGE, SEGMENT = 2, 4
+PROMPTS = [1, 2, 3, 4, 6]  # tokens: all but the last are in pages, so none, half a page, one, ...
+GROUPS, MEMBERS, NODES = len(PROMPTS), 3, 8
+PER_PROMPT, PER_NODE = 3, SEGMENT // PAGE
+PAGES = GROUPS * PER_PROMPT + 4 * GROUPS * MEMBERS * PER_NODE
+LONGEST = max(PROMPTS) + 4 * SEGMENT
+SETTINGS = segment_lib.Settings(
+  segment=SEGMENT,
+  temperature=1.0,
+  vocabulary=VOCABULARY,
+  eos_ids=EOS_IDS,
+  closed=CLOSED,
+  unroll=False,
+)
+
+
+def automaton() -> np.ndarray:
+  """Returns a table in which a box is open after a 7th token and closed by one that follows it."""
+  table = np.zeros((3, ARCH.vocab_size), np.int8)
+  tokens = np.arange(ARCH.vocab_size)
+  table[0], table[1], table[2] = tokens % 7 == 0, 1 + (tokens % 7 == 1), CLOSED
+  return table
+
+
+TABLE = automaton()
+
+
+@functools.cache
+def model():
+  """Returns (graph, params) whose weights are far from their trivial start."""
+  random = np.random.default_rng(0)
+  graph, abstract = transformer.abstract(ARCH, jnp.float32)
+  params = jax.tree.map(lambda x: jnp.asarray(0.3 * random.normal(size=x.shape), x.dtype), abstract)
+  return graph, params
+
+
+@functools.cache
+def decoder(unroll: bool):
+  settings = dataclasses.replace(SETTINGS, unroll=unroll)
+  return jax.jit(functools.partial(segment_lib.decode, graph=model()[0], settings=settings))
+
+
+@functools.cache
+def prefill():
+  return jax.jit(functools.partial(segment_lib.prefill, graph=model()[0]))
+
+
+@functools.cache
+def _forward():
+  graph = model()[0]
+
+  def run(params, tokens, length):
+    positions = jnp.broadcast_to(jnp.arange(LONGEST), tokens.shape)
+    end = jnp.broadcast_to(length[:, None], tokens.shape)
+    hidden = transformer.hidden(graph, params, tokens, positions, end)
+    return transformer.log_probs(graph, params, hidden[:, :-1], tokens[:, 1:])[0]
+
+  return jax.jit(run)
+
+
+def forward(paths: list[list[int]]) -> np.ndarray:
+  """Returns log p of each token but the first of each path, by one plain forward."""
+  tokens = np.array([path + [0] * (LONGEST - len(path)) for path in paths], np.int32)
+  return np.asarray(_forward()(model()[1], tokens, np.array([len(path) for path in paths])))
+
+
+@dataclasses.dataclass
+class Node:
+  path: list[int]  # all tokens up to its end, prompt included
+  above: list["Node"]  # the nodes of the path before it, without the prompt
+  state: int
+  pages: list[int]
+
+
+class Garden:
+  """Trees in lists, a pool, and the pages that are still to be given away."""
+
+  def __init__(self, seed: int):
+    self.random = np.random.default_rng(seed)
+    self.spare = self.random.permutation(PAGES).tolist()
+    pool = pages_lib.create(ARCH.layers, PAGES, ARCH.kv_heads, PAGE, ARCH.head_dim, jnp.float32)
+    junk = lambda x: jnp.asarray(50 * self.random.normal(size=x.shape), jnp.float32)
+    self.pool = pool.replace(key=junk(pool.key), value=junk(pool.value))
+    self.roots = []
+    prompt = np.zeros((GROUPS, max(PROMPTS)), np.int32)
+    table = np.full((GROUPS, PER_PROMPT), pages_lib.NO_PAGE, np.int32)
+    for g, n in enumerate(PROMPTS):
+      prompt[g, :n] = self.random.integers(0, VOCABULARY, n)
+      held = [self.spare.pop() for _ in range(-(-(n - 1) // PAGE))]
+      table[g, PER_PROMPT - len(held) :] = held
+      self.roots.append(Node(prompt[g, :n].tolist(), [], 0, table[g].tolist()))
+    self.pool = prefill()(self.pool, prompt, np.array(PROMPTS, np.int32), table, model()[1])
+
+  def rows(self, parents: list[list[Node | None]], wave: int) -> segment_lib.Rows:
+    """Returns what to decode below the parents [G][M]; None is a row that is not in use."""
+    shared = NODES * PER_NODE
+    empty = lambda *axes: np.zeros((GROUPS, MEMBERS, *axes), np.int32)
+    rows = {name: empty() for name in ("last", "position", "state", "prompt_id", "node")}
+    pages = np.full((GROUPS, MEMBERS, PER_NODE), pages_lib.NO_PAGE, np.int32)
+    context = np.full((GROUPS, PER_PROMPT + shared), pages_lib.NO_PAGE, np.int32)
+    start = np.zeros_like(context)
+    sees = empty(PER_PROMPT + shared).astype(bool)
+    for g, row in enumerate(parents):
+      root = self.roots[g]
+      context[g, :PER_PROMPT] = root.pages
+      held = sum(p != pages_lib.NO_PAGE for p in root.pages)
+      if held:
+        start[g, PER_PROMPT - held] = held * PAGE - (PROMPTS[g] - 1)
+      above = {id(n): n for p in row if p for n in [*p.above, p] if n is not root}
+      order = self.random.permutation(len(above)) if above else []
+      place = {list(above)[i]: PER_PROMPT + PER_NODE * k for k, i in enumerate(order)}
+      for key, at in place.items():
+        context[g, at : at + PER_NODE] = above[key].pages
+      for m, parent in enumerate(row):
+        if parent is None:
+          continue
+        rows["last"][g, m] = parent.path[-1]
+        rows["position"][g, m] = len(parent.path) - 1
+        rows["state"][g, m] = parent.state
+        rows["prompt_id"][g, m] = g
+        rows["node"][g, m] = wave * MEMBERS + m
+        pages[g, m] = [self.spare.pop() for _ in range(PER_NODE)]
+        sees[g, m, :PER_PROMPT] = True
+        for node in [*parent.above, parent]:
+          if node is not root:
+            sees[g, m, place[id(node)] : place[id(node)] + PER_NODE] = True
+    rows |= {"pages": pages, "context": context, "start": start, "sees": sees}
+    rows["live"] = np.array([[p is not None for p in row] for row in parents])
+    rows["prompt_id"] = rows["prompt_id"].astype(np.uint32)
+    return jax.device_get(segment_lib.Rows(**jax.tree.map(jnp.asarray, rows)))
+
+  def decode(self, rows: segment_lib.Rows, unroll: bool = False):
+    return jax.device_get(
+      decoder(unroll)(self.pool, rows, model()[1], TABLE, jax.random.key(7))
+    )
+
+
+def stopping_at(parent: Node, tokens: list[int]) -> tuple[int, int, int]:
+  """Returns (length, stop, state) that these tokens must have, token by token."""
+  state = parent.state
+  for i, token in enumerate(tokens):
+    state = int(TABLE[state, token])
+    if token in EOS_IDS:
+      return i + 1, segment_lib.AT_EOS, state
+    if state == CLOSED:
+      return i + 1, segment_lib.AT_ANSWER, state
+  return len(tokens), segment_lib.CONTINUES, state
+
+
+@functools.cache
+def grown(seed: int):
+  """Returns (parents, rows, segment, pool before, pool after) of four waves of random trees."""
+  garden, waves = Garden(seed), []
+  full: list[list[Node]] = [[root] for root in garden.roots]
+  for wave in range(4):
+    pick = lambda nodes: nodes[-1 - garden.random.integers(min(len(nodes), 2))]
+    parents = [
+      [None if wave and garden.random.random() < 0.2 else pick(nodes) for _ in range(MEMBERS)]
+      for nodes in full
+    ]
+    rows = garden.rows(parents, wave)
+    before = garden.pool
+    garden.pool, segment = garden.decode(rows)
+    waves.append((parents, rows, segment, jax.device_get(before), garden.pool))
+    for g, m in zip(*np.nonzero(rows.live), strict=True):
+      parent = parents[g][m]
+      if segment.stop[g, m] == segment_lib.CONTINUES and len(full[g]) <= NODES - MEMBERS:
+        above = [*parent.above, parent] if parent is not garden.roots[g] else []
+        path = parent.path + segment.tokens[g, m].tolist()
+        state, pages = int(segment.state[g, m]), rows.pages[g, m].tolist()
+        full[g].append(Node(path, above, state, pages))
+  return waves
+
+
+SEEDS = [0, 1, 2]
+
+
+def test_log_probs_are_those_of_a_plain_forward():
+  deepest = 0
+  for parents, rows, segment, *_ in [wave for seed in SEEDS for wave in grown(seed)]:
+    at = [*zip(*np.nonzero(rows.live), strict=True)]
+    assert (segment.tokens < VOCABULARY).all()
+    lengths = [int(segment.length[i]) for i in at]
+    paths = [parents[g][m].path for g, m in at]
+    deepest = max(deepest, *(len(parents[g][m].above) for g, m in at))
+    said = [segment.tokens[i][:n].tolist() for i, n in zip(at, lengths, strict=True)]
+    room = [[0]] * (GROUPS * MEMBERS - len(at))  # one shape for every wave
+    found = forward([p + s for p, s in zip(paths, said, strict=True)] + room)
+    for i, path, n, log_probs in zip(at, paths, lengths, found, strict=False):
+      expected = log_probs[len(path) - 1 : len(path) - 1 + n]
+      np.testing.assert_allclose(segment.log_probs[i][:n], expected, atol=1e-5)
+  assert deepest == 2  # and the parent itself: three segments above
+
+
+def test_rows_stop_where_they_must_and_write_nothing_beyond():
+  seen = []
+  for seed in SEEDS:
+    for parents, rows, segment, *_ in grown(seed):
+      assert segment.steps == segment.length.max()
+      for i in zip(*np.nonzero(~rows.live), strict=True):
+        assert segment.length[i] == segment.stop[i] == 0
+      for g, m in zip(*np.nonzero(rows.live), strict=True):
+        parent, n = parents[g][m], int(segment.length[g, m])
+        tokens = segment.tokens[g, m, :n].tolist()
+        expected = stopping_at(parent, tokens)
+        assert (n, segment.stop[g, m], segment.state[g, m]) == expected
+        assert n == SEGMENT or expected[1] != segment_lib.CONTINUES
+        seen.append((expected[1], parent.state, tokens[-1]))
+      beyond = np.arange(SEGMENT) >= segment.length[..., None]
+      assert not segment.tokens[beyond].any() and not segment.log_probs[beyond].any()
+  assert {token for stop, _, token in seen if stop == segment_lib.AT_EOS} == set(EOS_IDS)
+  # some box was opened in the segment before
+  assert any(stop == segment_lib.AT_ANSWER and state == 1 for stop, state, _ in seen)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_only_the_rows_own_pages_are_written(seed):
+  for _, rows, _, before, after in grown(seed):
+    others = np.setdiff1d(np.arange(before.free.shape[0]), rows.pages[rows.live])
+    np.testing.assert_array_equal(after.key[:, others], before.key[:, others])
+    np.testing.assert_array_equal(after.value[:, others], before.value[:, others])
+    np.testing.assert_array_equal(after.free, before.free)
+    assert after.size == before.size
+
+
+def test_layers_one_by_one_or_scanned_are_the_same():
+  garden = Garden(0)
+  for _, rows, segment, before, after in grown(0):
+    garden.pool = before
+    pool, found = garden.decode(rows, unroll=True)
+    for name in ("tokens", "length", "state", "stop", "steps"):
+      np.testing.assert_array_equal(found[name], segment[name], name)
+    np.testing.assert_allclose(found.log_probs, segment.log_probs, atol=1e-5)
+    held = rows.pages[rows.live & (segment.stop == segment_lib.CONTINUES)]
+    np.testing.assert_allclose(pool.key[:, held], after.key[:, held], atol=1e-5)
+    np.testing.assert_allclose(pool.value[:, held], after.value[:, held], atol=1e-5)
+
+
+def test_reads_are_counted():
+  for parents, rows, segment, *_ in grown(1):
+    shared = flat = 0
+    for g, row in enumerate(parents):
+      length = segment.length[g]
+      prompt = PROMPTS[g] - 1
+      depth = lambda node: len({id(n) for n in [*node.above, node]}) - (len(node.path) == prompt + 1)
+      nodes = {id(n) for p in row if p for n in [*p.above, p] if len(n.path) > prompt + 1}
+      used = prompt + SEGMENT * len(nodes) if any(p is not None for p in row) else 0
+      shared += int(length.max()) * used
+      flat += sum(int(n) * (prompt + SEGMENT * depth(p)) for n, p in zip(length, row) if p)
+    own = sum(n * (n + 1) // 2 for n in segment.length.ravel().tolist())
+    assert segment.read_shared == shared + own
+    assert segment.read_flat == flat + own
+
+
+def test_decoding_ends_with_its_last_row():
+  garden, lengths = Garden(3), []
+  nobody: list[list[Node | None]] = [[None] * MEMBERS for _ in range(GROUPS)]
+  for node in range(12):
+    parents = [*nobody[1:], [garden.roots[-1], None, None]]
+    rows = garden.rows(parents, node)
+    _, segment = garden.decode(rows)
+    assert segment.steps == segment.length[-1, 0] == segment.length.sum()
+    lengths.append(int(segment.steps))
+  assert min(lengths) < SEGMENT
+  _, segment = garden.decode(garden.rows(nobody, 0))
+  assert segment.steps == 0 and not segment.length.any()
+
+
+def test_draws_follow_the_identity_and_not_the_place():
+  garden = Garden(4)
+  parents: list[list[Node | None]] = [[root] * MEMBERS for root in garden.roots]
+  rows = garden.rows(parents, 0)
+  _, segment = garden.decode(rows)
+  turned = jax.tree.map(lambda x: x[:, ::-1] if x.ndim > 1 and x.shape[1] == MEMBERS else x, rows)
+  _, found = garden.decode(turned)
+  for name in ("tokens", "length", "stop"):
+    np.testing.assert_array_equal(found[name], segment[name][:, ::-1], name)
+  np.testing.assert_allclose(found.log_probs, segment.log_probs[:, ::-1], atol=1e-5)
+  assert len({tuple(t) for t in segment.tokens.reshape(-1, SEGMENT).tolist()}) > MEMBERS

@@ -1,0 +1,392 @@
+"""The whole rollout with a small random policy: every token's context is its path, and only that.
+
+A tree is its prompt's and the key's alone: other prompts, rows, groups, pages and devices move
+nothing but the last bits of log-probs.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from tests import rollout_oracle as oracle
+from tests import toy
+from treepo_jax import config as config_lib
+from treepo_jax.model import mesh as mesh_lib
+from treepo_jax.model import transformer
+from treepo_jax.rollout import grow
+from treepo_jax.rollout import tree as tree_lib
+
+ARCH = transformer.Architecture(
+  family="qwen2",
+  vocab_size=64,
+  width=16,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  head_dim=8,
+  hidden=24,
+  norm_eps=1e-6,
+  rope_theta=1e4,
+  rope_scaling=None,
+  max_positions=64,
+  tied=True,
+  qkv_bias=True,
+  output_bias=False,
+  qk_norm=False,
+)
+EOS_IDS, CLOSED, VOCABULARY = (1, 5, 9), 2, 60
+SEGMENT, PROMPT = 4, 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  id: int
+  tokens: list[int]
+
+
+@functools.cache
+def prompts() -> list[Prompt]:
+  random = np.random.default_rng(0)
+  lengths = [1, 2, 3, 4, 5, 6, 3, 6, 2]  # pages of 2 from the second token on
+  ids = [5, 11, 2**32 - 1, 3, 8, 2**31, 0, 4, 17]
+  return [
+    Prompt(i, random.integers(2, VOCABULARY, n).tolist())
+    for i, n in zip(ids, lengths, strict=True)
+  ]
+
+
+@functools.cache
+def policy():
+  """Returns (graph, params) far from the trivial start, yet no token certain."""
+  random = np.random.default_rng(1)
+  graph, abstract = transformer.abstract(ARCH, jnp.float32)
+  make = lambda x: jnp.asarray(0.25 * random.normal(size=x.shape), x.dtype)
+  return graph, jax.tree.map(make, abstract)
+
+
+@functools.cache
+def table() -> np.ndarray:
+  """Returns an automaton: a box is open after every 11th token, closed by one that follows it."""
+  tokens = np.arange(ARCH.vocab_size)
+  rows = [tokens % 11 == 0, 1 + (tokens % 11 == 1), np.full(len(tokens), CLOSED)]
+  return np.array(rows, np.int8)
+
+
+def settings(eos_ids=EOS_IDS, closed=CLOSED, **rollout) -> grow.Settings:
+  config = config_lib.default()
+  config.model.unroll = False
+  config.rollout.update(
+    width=6, depth=3, segment=SEGMENT, page=2, group=4, rows=64, prompt_length=PROMPT
+  )
+  config.rollout.update(repetition_window=2, repetition_count=3, **rollout)
+  shape = grow.settings(
+    config_lib.validate(config), vocabulary=VOCABULARY, eos_ids=eos_ids, closed=closed
+  )
+  return shape
+
+
+@functools.cache
+def mesh(devices: int):
+  return jax.make_mesh(
+    (devices, 1, 1),
+    ("data", "fsdp", "tensor"),
+    axis_types=(AxisType.Auto,) * 3,
+    devices=jax.devices()[:devices],
+  )
+
+
+def run(shape: grow.Settings, asked: list[Prompt] | None = None, seed: int = 0, devices: int = 1):
+  graph, params = policy()
+  return grow.grow(
+    params,
+    jax.random.key(seed),
+    asked or prompts(),
+    graph=graph,
+    table=table(),
+    shape=shape,
+    mesh=mesh(devices),
+  )
+
+
+@functools.cache
+def usual(seed: int = 0):
+  """Returns (tree, cost) of the usual settings."""
+  return run(settings(), seed=seed)
+
+
+def same(found: tree_lib.Tree, expected: tree_lib.Tree, order=None) -> None:
+  """Asserts that tree i of `found` is tree order[i] of `expected`; log-probs to rounding."""
+  order = range(len(expected.size)) if order is None else order
+  expected = jax.tree.map(lambda x: x[list(order)], expected)
+  for name in ("size", "parent", "depth", "status", "source", "length", "leaves", "tokens"):
+    np.testing.assert_array_equal(found[name], expected[name], name)
+  np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-5)
+
+
+def path_tokens(tree: tree_lib.Tree) -> int:
+  paths = toy.trajectories(tree)
+  return sum(int(tree.length[b, row]) for b, _, rows in paths for row in rows)
+
+
+@functools.cache
+def _forward(length: int):
+  graph, _ = policy()
+
+  def run(params, tokens, ends):
+    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    end = jnp.broadcast_to(ends[:, None], tokens.shape)
+    hidden = transformer.hidden(graph, params, tokens, positions, end)
+    return transformer.log_probs(graph, params, hidden[:, :-1], tokens[:, 1:])[0]
+
+  return jax.jit(run)
+
+
+def plain_log_probs(paths: list[list[int]], length: int) -> np.ndarray:
+  tokens = np.array([path + [0] * (length - len(path)) for path in paths], np.int32)
+  return np.asarray(_forward(length)(policy()[1], tokens, np.array([len(p) for p in paths])))
+
+
+def test_every_token_was_drawn_after_the_tokens_before_it():
+  regrown = split_boxes = 0
+  for seed in range(3):
+    tree, _ = usual(seed)
+    paths = toy.trajectories(tree)
+    before = [tree.prompt[b, : tree.prompt_length[b]].tolist() for b, *_ in paths]
+    said = [tree_lib.response(tree, b, leaf) for b, leaf, _ in paths]
+    found = plain_log_probs(
+      [p + s for p, s in zip(before, said, strict=True)], PROMPT + 3 * SEGMENT
+    )
+    for (b, _, rows), p, s, log_probs in zip(paths, before, said, found, strict=True):
+      kept = np.concatenate([tree.log_probs[b, r, : tree.length[b, r]] for r in rows])
+      np.testing.assert_allclose(kept, log_probs[len(p) - 1 :][: len(s)], atol=1e-5)
+      regrown += any(tree.source[b, r] > 0 for r in rows)
+      split_boxes += _check_stop(tree, b, rows)
+  assert regrown > 30 and split_boxes > 0
+
+
+def _check_stop(tree: tree_lib.Tree, b: int, rows: list[int]) -> bool:
+  """Asserts that a trajectory ends at its first stop; returns whether a box lay in two segments."""
+  state, status = 0, int(tree.status[b, rows[-1]])
+  opened = 0
+  said = tree_lib.response(tree, b, rows[-1])
+  for i, token in enumerate(said):
+    opened = i if state == 0 else opened
+    state = int(table()[state, token])
+    last = i == len(said) - 1
+    assert last or (token not in EOS_IDS and state != CLOSED)
+  if said[-1] in EOS_IDS:
+    assert status == tree_lib.EOS
+  elif state == CLOSED:
+    assert status == tree_lib.ANSWER
+  else:
+    assert status in (tree_lib.LENGTH, tree_lib.REPETITION) and len(said) % SEGMENT == 0
+  assert (tree.length[b, rows[:-1]] == SEGMENT).all()
+  return status == tree_lib.ANSWER and opened // SEGMENT < (len(said) - 1) // SEGMENT
+
+
+def test_every_prompt_has_its_width_and_every_row_its_place():
+  tree, cost = usual()
+  assert (tree.leaves > 0).all()
+  for b, size in enumerate(tree.size):
+    leaves = tree.leaves[b].tolist()
+    assert sorted(leaves) == np.flatnonzero(tree.status[b] >= tree_lib.EOS).tolist()
+    parents = tree.parent[b, 1:size]
+    assert (parents < np.arange(1, size)).all() and not set(parents.tolist()) & set(leaves)
+    assert (tree.status[b, :size] >= tree_lib.INNER).all()
+  decoded = int(tree.length.sum())  # nothing is cut off and nothing decoded in vain
+  assert cost["rollout/tokens_decoded"] == decoded < path_tokens(tree)
+  assert cost["rollout/tokens_prefilled"] == sum(len(p.tokens) for p in prompts())
+  assert cost["rollout/pages_held"] == 0
+  assert 0 < cost["rollout/row_occupancy"] <= 1
+  per_token = 2 * ARCH.layers * ARCH.kv_heads * ARCH.head_dim * 4
+  assert per_token < cost["rollout/kv_bytes_read_per_token"]
+  assert cost["rollout/kv_bytes_read_per_token"] < cost["rollout/kv_bytes_flat_per_token"]
+
+
+def test_the_same_call_twice_is_the_same_to_the_last_bit():
+  jax.tree.map(np.testing.assert_array_equal, run(settings()), usual())
+  assert not np.array_equal(usual(1)[0].tokens, usual(0)[0].tokens)
+
+
+def test_prompts_in_another_order_give_the_same_trees():
+  order = np.random.default_rng(2).permutation(len(prompts()))
+  tree, _ = run(settings(), [prompts()[i] for i in order])
+  same(tree, usual()[0], order)
+
+
+def test_prompts_one_at_a_time_give_the_same_trees():
+  for i in (0, 2, 7):
+    tree, _ = run(settings(), [prompts()[i]])
+    same(tree, usual()[0], [i])
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"rows": 4, "pages": 1},  # one group at a time, one tree at a time
+    {"rows": 16, "group": 2, "page": 4, "pages": 2},
+    {"group": 1, "page": 1, "rows": 7},
+  ],
+  ids=str,
+)
+def test_rows_groups_and_pages_do_not_matter(changes):
+  shape = settings(**{name: value for name, value in changes.items() if name != "pages"})
+  if "pages" in changes:
+    shape = dataclasses.replace(shape, pages=changes["pages"] * shape.pages_of_tree)
+  tree, cost = run(shape)
+  same(tree, usual()[0])
+  assert cost["rollout/tokens_decoded"] == usual()[1]["rollout/tokens_decoded"]
+  assert cost["rollout/pages_held"] == 0
+
+
+def test_eight_devices_grow_what_one_does():
+  assert len(prompts()) % 8 == 1  # most of the last round is padding
+  tree, cost = run(settings(), devices=8)
+  same(tree, usual()[0])
+  assert cost["rollout/tokens_decoded"] == usual()[1]["rollout/tokens_decoded"]
+  assert cost["rollout/pages_held"] == 0
+
+
+def test_layers_one_by_one_grow_what_scanned_layers_do():
+  shape = settings()
+  decoder = dataclasses.replace(shape.decoder, unroll=True)
+  tree, _ = run(dataclasses.replace(shape, decoder=decoder))
+  same(tree, usual()[0])
+
+
+def test_width_one_is_plain_sampling():
+  # Sampled by hand from a plain forward of the whole text, with the draws that the identity gives.
+  shape = settings(width=1, initial=1, initial_max=1, group=1, temperature=0.7, closed=-1)
+  tree, cost = run(shape, seed=3)
+  texts = [list(p.tokens) for p in prompts()]
+  key = jax.random.fold_in(jax.random.key(3), 0)
+  identity = lambda p, row: jax.random.fold_in(jax.random.fold_in(key, np.uint32(p.id)), row)
+  ended: set[int] = set()
+  for position in range(3 * SEGMENT):
+    ends = [len(t) for t in texts]
+    logits = _logits(texts)
+    for b, p in enumerate(prompts()):
+      if b in ended:
+        continue
+      row, step = 1 + position // SEGMENT, position % SEGMENT
+      u = float(jax.random.uniform(jax.random.fold_in(identity(p, row), step)))
+      chance = np.exp(logits[b, ends[b] - 1, :VOCABULARY].astype(np.float64) / 0.7)
+      texts[b].append(int(np.searchsorted(np.cumsum(chance) / chance.sum(), u)))
+      said = texts[b][len(p.tokens) :]
+      looping = len(said) % SEGMENT == 0 and _repeats(said[-6:])
+      if said[-1] in EOS_IDS or looping:
+        ended.add(b)
+  for b, p in enumerate(prompts()):
+    leaf = int(tree.leaves[b, 0])
+    assert tree_lib.response(tree, b, leaf) == texts[b][len(p.tokens) :]
+  assert cost["rollout/tokens_decoded"] == path_tokens(tree)
+  assert len(ended) > 3
+
+
+def _repeats(said: list[int]) -> bool:
+  pairs = [tuple(said[i : i + 2]) for i in range(len(said) - 1)]
+  return max(map(pairs.count, pairs)) >= 3
+
+
+@functools.cache
+def _all_logits():
+  graph, _ = policy()
+
+  def run(params, tokens, ends):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    end = jnp.broadcast_to(ends[:, None], tokens.shape)
+    hidden = transformer.hidden(graph, params, tokens, positions, end)
+    return transformer.nnx.merge(graph, params).logits(hidden)
+
+  return jax.jit(run)
+
+
+def _logits(texts: list[list[int]]) -> np.ndarray:
+  length = PROMPT + 3 * SEGMENT
+  tokens = np.array([t + [0] * (length - len(t)) for t in texts], np.int32)
+  return np.asarray(_all_logits()(policy()[1], tokens, np.array([len(t) for t in texts])))
+
+
+def test_independent_answers_share_nothing():
+  shape = grow.sequential(settings(), samples=5, temperature=1.0)
+  tree, cost = run(shape)
+  assert (tree.leaves > 0).all() and tree.leaves.shape[1] == 5
+  assert (tree.source == tree_lib.NO_ROW).all()
+  assert (tree.parent[:, 1:6] == 0).all()
+  for parent in tree.parent:  # below the prompt a row has one child at most
+    below = parent[parent > 0]
+    assert len(set(below.tolist())) == len(below)
+  assert cost["rollout/tokens_decoded"] == path_tokens(tree)
+
+
+def test_saving_where_nothing_stops_early_is_that_of_the_shape():
+  endless = settings(eos_ids=(), closed=-1)
+  shape = dataclasses.replace(endless, repetition_count=0, width=8, depth=4, response_length=16)
+  tree, cost = run(shape, prompts()[:3])
+  assert path_tokens(tree) == 3 * 8 * 16
+  saving = 1 - cost["rollout/tokens_decoded"] / path_tokens(tree)
+  assert saving == pytest.approx(oracle.saving(width=8, branching=2, initial=2, depth=4))
+  assert tree.tokens.max() < VOCABULARY  # the padding of the vocabulary is never drawn
+
+
+def test_a_second_call_compiles_nothing(caplog):
+  usual()
+  with jax.log_compiles():
+    run(settings(), seed=1)
+    run(settings(), prompts()[::-1])
+    compiled = [r.getMessage() for r in caplog.records if "ompiling" in r.getMessage()]
+    assert not compiled
+    jax.jit(lambda x: x + 12345)(jnp.ones(3))  # else the assertion above would say nothing
+  assert any("ompiling" in r.getMessage() for r in caplog.records)
+
+
+def test_the_state_is_donated():
+  shape = grow._fit(settings(), len(prompts()))
+  graph, params = policy()
+  calls = grow._compiled(graph, shape, mesh(1))
+  old, segment = calls.start(params, *grow._arrays(prompts(), 1, shape))
+  key = jax.random.key(0)
+
+  def gone(state) -> bool:
+    assert state.pool.key.is_deleted() == state.pool.value.is_deleted()
+    return state.pool.key.is_deleted() and state.tree.tokens.is_deleted()
+
+  new, _ = calls.advance(old, segment, key)
+  assert gone(old) and not gone(new)
+  old, new = new, calls.prefill(new, params, jnp.asarray(0))
+  assert gone(old) and not gone(new)
+  old, (new, _) = new, calls.decode(new, params, table(), key, shape.groups, shape.shared)
+  assert gone(old) and not gone(new)
+
+
+@pytest.mark.parametrize("length", [0, PROMPT + 1])
+def test_a_prompt_of_a_wrong_length_is_named(length):
+  bad = Prompt(77, [3] * length)
+  with pytest.raises(config_lib.UserError, match=f"prompt 77 has {length} tokens.*1 to {PROMPT}"):
+    run(settings(), [prompts()[0], bad])
+
+
+def test_a_pool_that_holds_no_tree_is_named():
+  shape = settings()
+  small = dataclasses.replace(shape, pages=shape.pages_of_tree - 1)
+  with pytest.raises(config_lib.UserError, match=f"needs at least {shape.pages_of_tree}"):
+    run(small)
+
+
+def test_settings_are_those_of_the_config():
+  shape = settings(response_length=9, initial=2, initial_max=5)
+  assert (shape.response_length, shape.initial, shape.initial_max) == (9, 2, 5)
+  assert settings().response_length == 3 * SEGMENT
+  assert settings(response_length=50).response_length == 50  # then depth ends a trajectory
+  assert settings(stop_at_box=False).decoder.closed == -1
+  wide = grow.with_width(settings(initial=4, initial_max=6), samples=3, temperature=0.5)
+  assert (wide.width, wide.initial, wide.initial_max) == (3, 3, 3)
+  assert wide.decoder.temperature == 0.5 and wide.branching == 2
+  alone = grow.sequential(settings(), samples=2, temperature=0.5)
+  assert (alone.width, alone.branching, alone.group) == (2, 1, 2)
+  assert alone.groups * alone.group == 64 and alone.fallback == "none"

@@ -1,0 +1,63 @@
+"""Every wrong value is named with its key; every config of configs/ is right."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from treepo_jax import config as config_lib
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def load(path: Path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  assert spec and spec.loader
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_validates_and_says_how_to_run_it(path):
+  module = load(path)
+  config_lib.validate(module.get_config())
+  assert f"--config=configs/{path.name}" in module.__doc__
+
+
+def test_a_misspelt_key_is_refused():
+  c = config_lib.default()
+  with pytest.raises(AttributeError, match="widht"):
+    c.rollout.widht = 3
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "words"),
+  [
+    ("model.dtype", "float16", ("'float32'", "'bfloat16'")),
+    ("rollout.segment", 12, ("12", "rollout.page", "16")),
+    ("rollout.rows", 255, ("255", "rollout.group")),
+    ("rollout.width", 0, ("above 0",)),
+    ("rollout.initial", 17, ("17", "rollout.width = 16")),
+    ("rollout.initial_max", 1, ("rollout.initial = 2",)),
+    ("rollout.fallback", "ranom", ("'random'", "'none'")),
+    ("advantage.estimator", "ppo", ("'treepo'", "'grpo'")),
+    ("learn.row_length", 100, ("144", "rollout.prompt_length")),
+    ("learn.minibatches", 99, ("rollout.prompts = 16",)),
+    ("train.b1", 1.0, ("[0, 1)",)),
+    ("train.learning_rate", -1.0, ("at least 0",)),
+    ("data.levels", (0,), ("1 to 8",)),
+    ("data.path", "x.jsonl", ("data.eval_path",)),
+    ("eval.sampling", "beam", ("'sequential'", "'tree'")),
+  ],
+)
+def test_a_wrong_value_is_named_with_its_key(key, value, words):
+  c = config_lib.default()
+  section, name = key.split(".")
+  with c.unlocked():
+    c[section][name] = value
+  with pytest.raises(config_lib.UserError) as error:
+    config_lib.validate(c)
+  assert key in str(error.value)
+  for word in words:
+    assert word in str(error.value)
