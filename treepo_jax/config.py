@@ -73,8 +73,8 @@ def default() -> ml_collections.ConfigDict:
 
   c.learn = ml_collections.ConfigDict()
   c.learn.packing = "tree"  # "tree": each token once | "path": each trajectory by itself
-  c.learn.row_length = 1024  # tokens a packed row
-  c.learn.micro_rows = 2  # rows a micro-batch, a multiple of mesh data * fsdp
+  c.learn.row_length = 512  # tokens a packed row
+  c.learn.micro_rows = 4  # rows a micro-batch, a multiple of mesh data * fsdp
   c.learn.minibatches = 1  # optimizer steps a rollout batch; a tree stays whole
   c.learn.clip_low = 0.2  # DAPO
   c.learn.clip_high = 0.28  # DAPO clip-higher
