@@ -167,9 +167,7 @@ class Garden:
     return jax.device_get(segment_lib.Rows(**jax.tree.map(jnp.asarray, rows)))
 
   def decode(self, rows: segment_lib.Rows, unroll: bool = False):
-    return jax.device_get(
-      decoder(unroll)(self.pool, rows, model()[1], TABLE, jax.random.key(7))
-    )
+    return jax.device_get(decoder(unroll)(self.pool, rows, model()[1], TABLE, jax.random.key(7)))
 
 
 def stopping_at(parent: Node, tokens: list[int]) -> tuple[int, int, int]:
@@ -279,7 +277,9 @@ def test_reads_are_counted():
     for g, row in enumerate(parents):
       length = segment.length[g]
       prompt = PROMPTS[g] - 1
-      depth = lambda node: len({id(n) for n in [*node.above, node]}) - (len(node.path) == prompt + 1)
+      depth = lambda node: (
+        len({id(n) for n in [*node.above, node]}) - (len(node.path) == prompt + 1)
+      )
       nodes = {id(n) for p in row if p for n in [*p.above, p] if len(n.path) > prompt + 1}
       used = prompt + SEGMENT * len(nodes) if any(p is not None for p in row) else 0
       shared += int(length.max()) * used

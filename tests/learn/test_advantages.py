@@ -230,13 +230,6 @@ def test_a_flat_tree_is_the_mean_baseline_however_aggregated():
     np.testing.assert_allclose(raw, rewards - rewards.mean(), atol=1e-6)
 
 
-def test_equal_group_sizes_make_the_aggregations_equal():
-  keys = ["q#a#b#1", "q#a#b#2", "q#a#b#3"]  # the prompt, a and b all hold the three
-  one, _ = estimate(keys, [1, -1, 0.5], aggregate="average")
-  other, _ = estimate(keys, [1, -1, 0.5], aggregate="group_size")
-  np.testing.assert_allclose(one, other, atol=1e-6)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_advantages_of_a_balanced_tree_sum_to_zero(seed):
   rewards = np.random.default_rng(seed).normal(size=8)

@@ -211,6 +211,11 @@ def test_trees_are_dealt_whole():
   for m, batch in enumerate(batches):
     assert set(batch.tokens[batch.count > 0]) == set().union(*ids[m::2])
 
+  none = tree.leaves.at[0].set(tree_lib.NO_ROW)  # takes no turn
+  batches = packing.pack(replace(tree, leaves=none), advantage, config=config)
+  for m, batch in enumerate(batches):
+    assert set(batch.tokens[batch.count > 0]) == set().union(*ids[1 + m :: 2])
+
 
 def test_a_trajectory_longer_than_a_row_names_the_key():
   tree = small_tree()

@@ -106,6 +106,15 @@ def test_the_figures_of_a_tree_are_the_records(tmp_path):
   assert "var(--pos);--m:100%" in cards[2] and "var(--neg);--m:71%" in cards[3]
 
 
+@pytest.mark.parametrize(
+  ("value", "shown"),
+  [(1234.5, "+1,234.50"), (-0.5, "\u22120.50"), (0.0, "0.00"), (-0.001, "0.00"), (None, "\u2013"),
+   (float("-inf"), "\u2212inf")],  # fmt: skip
+)
+def test_numbers_as_they_are_set_in_print(value, shown):
+  assert view._number(value, 2, sign=True) == shown
+
+
 EVIL = "</script></style></div><script>alert(1)</script><img src=x onerror=alert(2)>\"'&<!--"
 
 

@@ -212,6 +212,7 @@ def _place(nodes: Sequence[Node]) -> None:
     node.letters = int((node.width - _INSET) / _CHARACTER)
     node.y = (above + node.rows / 2) * ROW
     room = 1 + int((node.rows * ROW - _CARD - 6) // _LINE)
-    node.lines = max(1, min(_LINES, room, math.ceil(len(node.text) / node.letters)))
+    wanted = math.ceil(len(" ".join(node.text.split())) / node.letters)
+    node.lines = max(1, min(_LINES, room, wanted))
     node.height = _CARD + _LINE * (node.lines - 1)
     above += 0 if node.children else 1

@@ -78,7 +78,10 @@ def _number(value: float | None, digits: int = 2, sign: bool = False) -> str:
   """Returns a number as it is set in print, a dash where there is none."""
   if value is None:
     return _NONE
-  return f"{value:{'+' if sign else ''},.{digits}f}".replace("-", _MINUS)
+  plain = f"{abs(value):,.{digits}f}"
+  if not plain.strip("0.,"):
+    return plain  # zero as far as it is shown has no sign
+  return (_MINUS if value < 0 else "+" if sign else "") + plain
 
 
 def _mean(values: Sequence[float], digits: int = 2) -> str:
