@@ -36,7 +36,7 @@ def default() -> ml_collections.ConfigDict:
   c.data.eval_path = ""  # held-out JSONL file; needed where data.path is given
   c.data.levels = (3, 4, 5)  # arithmetic: operations a problem
   c.data.overlong = "error"  # a prompt beyond rollout.prompt_length: "error" | "drop"
-  c.data.template = "plain"  # "plain": the text as it is | "chat": the tokenizer's chat template
+  c.data.template = "plain"  # "plain": the text and a newline | "chat": the chat template
 
   c.rollout = ml_collections.ConfigDict()
   c.rollout.prompts = 16  # prompts a step

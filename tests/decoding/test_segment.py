@@ -104,9 +104,14 @@ def forward(paths: list[list[int]]) -> np.ndarray:
 @dataclasses.dataclass
 class Node:
   path: list[int]  # all tokens up to its end, prompt included
-  above: list["Node"]  # the nodes of the path before it, without the prompt
+  above: list["Node"] | None  # the nodes of the path before it, without the prompt's; its own: None
   state: int
   pages: list[int]
+
+  @property
+  def nodes(self) -> list["Node"]:
+    """The nodes of the path, without the prompt's."""
+    return [] if self.above is None else [*self.above, self]
 
 
 class Garden:
@@ -117,7 +122,7 @@ class Garden:
     self.spare = self.random.permutation(PAGES).tolist()
     pool = pages_lib.create(ARCH.layers, PAGES, ARCH.kv_heads, PAGE, ARCH.head_dim, jnp.float32)
     junk = lambda x: jnp.asarray(50 * self.random.normal(size=x.shape), jnp.float32)
-    self.pool = pool.replace(key=junk(pool.key), value=junk(pool.value))
+    self.pool = dataclasses.replace(pool, key=junk(pool.key), value=junk(pool.value))
     self.roots = []
     prompt = np.zeros((GROUPS, max(PROMPTS)), np.int32)
     table = np.full((GROUPS, PER_PROMPT), pages_lib.NO_PAGE, np.int32)
@@ -125,7 +130,7 @@ class Garden:
       prompt[g, :n] = self.random.integers(0, VOCABULARY, n)
       held = [self.spare.pop() for _ in range(-(-(n - 1) // PAGE))]
       table[g, PER_PROMPT - len(held) :] = held
-      self.roots.append(Node(prompt[g, :n].tolist(), [], 0, table[g].tolist()))
+      self.roots.append(Node(prompt[g, :n].tolist(), None, 0, table[g].tolist()))
     self.pool = prefill()(self.pool, prompt, np.array(PROMPTS, np.int32), table, model()[1])
 
   def rows(self, parents: list[list[Node | None]], wave: int) -> segment_lib.Rows:
@@ -143,7 +148,7 @@ class Garden:
       held = sum(p != pages_lib.NO_PAGE for p in root.pages)
       if held:
         start[g, PER_PROMPT - held] = held * PAGE - (PROMPTS[g] - 1)
-      above = {id(n): n for p in row if p for n in [*p.above, p] if n is not root}
+      above = {id(n): n for p in row if p for n in p.nodes}
       order = self.random.permutation(len(above)) if above else []
       place = {list(above)[i]: PER_PROMPT + PER_NODE * k for k, i in enumerate(order)}
       for key, at in place.items():
@@ -158,13 +163,12 @@ class Garden:
         rows["node"][g, m] = wave * MEMBERS + m
         pages[g, m] = [self.spare.pop() for _ in range(PER_NODE)]
         sees[g, m, :PER_PROMPT] = True
-        for node in [*parent.above, parent]:
-          if node is not root:
-            sees[g, m, place[id(node)] : place[id(node)] + PER_NODE] = True
-    rows |= {"pages": pages, "context": context, "start": start, "sees": sees}
-    rows["live"] = np.array([[p is not None for p in row] for row in parents])
-    rows["prompt_id"] = rows["prompt_id"].astype(np.uint32)
-    return jax.device_get(segment_lib.Rows(**jax.tree.map(jnp.asarray, rows)))
+        for node in parent.nodes:
+          sees[g, m, place[id(node)] : place[id(node)] + PER_NODE] = True
+    fields = rows | {"pages": pages, "context": context, "start": start, "sees": sees}
+    fields["live"] = np.array([[p is not None for p in row] for row in parents])
+    fields["prompt_id"] = rows["prompt_id"].astype(np.uint32)
+    return jax.device_get(segment_lib.Rows(**jax.tree.map(jnp.asarray, fields)))
 
   def decode(self, rows: segment_lib.Rows, unroll: bool = False):
     return jax.device_get(decoder(unroll)(self.pool, rows, model()[1], TABLE, jax.random.key(7)))
@@ -200,10 +204,9 @@ def grown(seed: int):
     for g, m in zip(*np.nonzero(rows.live), strict=True):
       parent = parents[g][m]
       if segment.stop[g, m] == segment_lib.CONTINUES and len(full[g]) <= NODES - MEMBERS:
-        above = [*parent.above, parent] if parent is not garden.roots[g] else []
         path = parent.path + segment.tokens[g, m].tolist()
         state, pages = int(segment.state[g, m]), rows.pages[g, m].tolist()
-        full[g].append(Node(path, above, state, pages))
+        full[g].append(Node(path, parent.nodes, state, pages))
   return waves
 
 
@@ -217,14 +220,14 @@ def test_log_probs_are_those_of_a_plain_forward():
     assert (segment.tokens < VOCABULARY).all()
     lengths = [int(segment.length[i]) for i in at]
     paths = [parents[g][m].path for g, m in at]
-    deepest = max(deepest, *(len(parents[g][m].above) for g, m in at))
+    deepest = max(deepest, *(len(parents[g][m].nodes) for g, m in at))
     said = [segment.tokens[i][:n].tolist() for i, n in zip(at, lengths, strict=True)]
     room = [[0]] * (GROUPS * MEMBERS - len(at))  # one shape for every wave
     found = forward([p + s for p, s in zip(paths, said, strict=True)] + room)
     for i, path, n, log_probs in zip(at, paths, lengths, found, strict=False):
       expected = log_probs[len(path) - 1 : len(path) - 1 + n]
       np.testing.assert_allclose(segment.log_probs[i][:n], expected, atol=1e-5)
-  assert deepest == 2  # and the parent itself: three segments above
+  assert deepest == 3  # segments above the one that is decoded
 
 
 def test_rows_stop_where_they_must_and_write_nothing_beyond():
@@ -272,18 +275,12 @@ def test_layers_one_by_one_or_scanned_are_the_same():
 
 
 def test_reads_are_counted():
-  for parents, rows, segment, *_ in grown(1):
+  for parents, _, segment, *_ in grown(1):
     shared = flat = 0
-    for g, row in enumerate(parents):
-      length = segment.length[g]
-      prompt = PROMPTS[g] - 1
-      depth = lambda node: (
-        len({id(n) for n in [*node.above, node]}) - (len(node.path) == prompt + 1)
-      )
-      nodes = {id(n) for p in row if p for n in [*p.above, p] if len(n.path) > prompt + 1}
-      used = prompt + SEGMENT * len(nodes) if any(p is not None for p in row) else 0
-      shared += int(length.max()) * used
-      flat += sum(int(n) * (prompt + SEGMENT * depth(p)) for n, p in zip(length, row) if p)
+    for row, length, prompt in zip(parents, segment.length.tolist(), PROMPTS, strict=True):
+      tokens = lambda nodes, stored=prompt - 1: stored + SEGMENT * len(nodes)
+      shared += max(length) * tokens({id(n) for p in row if p for n in p.nodes})
+      flat += sum(n * tokens(p.nodes) for p, n in zip(row, length, strict=True) if p)
     own = sum(n * (n + 1) // 2 for n in segment.length.ravel().tolist())
     assert segment.read_shared == shared + own
     assert segment.read_flat == flat + own

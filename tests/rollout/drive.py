@@ -119,7 +119,8 @@ def run(
 def write(growth: growth_lib.Growth, script: Script) -> segment_lib.Segment:
   """Returns what the script says of the rows in use."""
   slots, tree = growth.slots, growth.tree
-  empty = segment_lib.nothing(slots.live.shape, tree.tokens.shape[2])
+  groups, members = slots.live.shape
+  empty = segment_lib.nothing((groups, members), tree.tokens.shape[2])
   out = jax.tree.map(lambda x: np.array(x), empty)
   for at in zip(*np.nonzero(slots.live), strict=True):
     b, row = int(slots.tree[at]), int(slots.node[at])
@@ -179,7 +180,9 @@ def observed(growth: growth_lib.Growth, b: int, branching: int):
   return shuffle, cut
 
 
-def against_oracle(shape: growth_lib.Settings, ids: list[int], script: Script, **options):
+def against_oracle(
+  shape: growth_lib.Settings, ids: list[int], script: Script, **options
+) -> tuple[growth_lib.Growth, dict[int, dict]]:
   """Grows trees beside the oracle, compares after every wave and returns (growth, oracle trees)."""
   names = ("width", "branching", "depth", "response_length", "remainder", "fallback")
   rules = {name: getattr(shape, name) for name in names}
@@ -198,7 +201,6 @@ def against_oracle(shape: growth_lib.Settings, ids: list[int], script: Script, *
       cut=draws(1),
     )
 
-  growth = None
   for growth, _ in run(shape, ids, script, **options):
     now[:] = [growth]
     for b, wave in enumerate(growth.wave.tolist()):
@@ -215,7 +217,7 @@ def against_oracle(shape: growth_lib.Settings, ids: list[int], script: Script, *
   for b, more in plants.items():
     check_texts(growth, b, script)
     assert next(more, None) is None, f"tree {b} is not complete"
-  return growth, grown
+  return now[0], grown
 
 
 def held(growth: growth_lib.Growth) -> list[int]:

@@ -1,5 +1,6 @@
 """Where trajectories are cut: only answers and EOS, uniformly, in random order, b branches each."""
 
+import dataclasses
 import functools
 
 import jax
@@ -33,9 +34,9 @@ def forest(ends: list[tuple[int, int]], width: int) -> tree_lib.Tree:
     for _ in range(depth):
       tree = tree_lib.attach(tree, jnp.full(1, row), jnp.full(1, -1))
       row = int(tree.size) - 1
-    tree = tree.replace(status=tree.status.at[row].set(status))
+    tree = dataclasses.replace(tree, status=tree.status.at[row].set(status))
     leaves.append(row)
-  return tree.replace(leaves=tree.leaves.at[: len(leaves)].set(jnp.array(leaves)))
+  return dataclasses.replace(tree, leaves=tree.leaves.at[: len(leaves)].set(jnp.array(leaves)))
 
 
 @functools.cache

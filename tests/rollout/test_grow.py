@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
 
 from tests import rollout_oracle as oracle
 from tests import toy
@@ -88,16 +87,11 @@ def settings(eos_ids=EOS_IDS, closed=CLOSED, **rollout) -> grow.Settings:
 
 
 @functools.cache
-def mesh(devices: int):
-  return jax.make_mesh(
-    (devices, 1, 1),
-    ("data", "fsdp", "tensor"),
-    axis_types=(AxisType.Auto,) * 3,
-    devices=jax.devices()[:devices],
-  )
+def one_device():
+  return mesh_lib.single()
 
 
-def run(shape: grow.Settings, asked: list[Prompt] | None = None, seed: int = 0, devices: int = 1):
+def run(shape: grow.Settings, asked: list[Prompt] | None = None, seed: int = 0, mesh=None):
   graph, params = policy()
   return grow.grow(
     params,
@@ -106,7 +100,7 @@ def run(shape: grow.Settings, asked: list[Prompt] | None = None, seed: int = 0, 
     graph=graph,
     table=table(),
     shape=shape,
-    mesh=mesh(devices),
+    mesh=mesh or one_device(),
   )
 
 
@@ -121,7 +115,7 @@ def same(found: tree_lib.Tree, expected: tree_lib.Tree, order=None) -> None:
   order = range(len(expected.size)) if order is None else order
   expected = jax.tree.map(lambda x: x[list(order)], expected)
   for name in ("size", "parent", "depth", "status", "source", "length", "leaves", "tokens"):
-    np.testing.assert_array_equal(found[name], expected[name], name)
+    np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
   np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-5)
 
 
@@ -238,11 +232,12 @@ def test_prompts_one_at_a_time_give_the_same_trees():
   ("changes", "trees", "unroll"),
   [
     ({"rows": 1, "group": 1, "page": 1}, 1, False),  # one row at a time, one tree at a time
-    ({"rows": 16, "group": 2, "page": 4}, 2, True),
+    ({"rows": 16, "group": 2, "page": 4}, 9, True),
   ],
   ids=["least", "other"],
 )
-def test_rows_groups_pages_and_unrolling_do_not_matter(changes, trees, unroll):
+def test_rows_groups_pages_and_unrolling_do_not_matter(changes, trees, unroll, monkeypatch):
+  monkeypatch.setattr(grow, "PREFILL", 4)  # 9 prompts in three calls
   shape = settings(**changes)
   decoder = dataclasses.replace(shape.decoder, unroll=unroll)
   shape = dataclasses.replace(shape, decoder=decoder, pages=trees * shape.pages_of_tree)
@@ -253,8 +248,9 @@ def test_rows_groups_pages_and_unrolling_do_not_matter(changes, trees, unroll):
 
 
 def test_eight_devices_grow_what_one_does():
-  assert len(prompts()) % 8 == 1  # most of the last round is padding
-  tree, cost = run(settings(), devices=8)
+  mesh = mesh_lib.create(config_lib.default())
+  assert mesh_lib.shards(mesh) == 8 and len(prompts()) == 9  # two a device, most of them padding
+  tree, cost = run(settings(), mesh=mesh)
   same(tree, usual()[0])
   assert cost["rollout/tokens_decoded"] == usual()[1]["rollout/tokens_decoded"]
   assert cost["rollout/pages_held"] == 0
@@ -330,7 +326,10 @@ def test_a_second_call_compiles_nothing(caplog):
 def test_the_state_is_donated():
   shape = grow._fit(settings(), len(prompts()))
   graph, params = policy()
-  calls = grow._compiled(graph, shape, mesh(1))
+  usual()
+  calls = grow._compiled(graph, shape, one_device())
+  params = jax.device_put(params, mesh_lib.replicated(one_device()))
+  size = next(iter(calls.decode.sizes))
   old, segment = calls.start(params, *grow._arrays(prompts(), 1, shape))
   key = jax.random.key(0)
 
@@ -342,7 +341,7 @@ def test_the_state_is_donated():
   assert gone(old) and not gone(new)
   old, new = new, calls.prefill(new, params, jnp.asarray(0))
   assert gone(old) and not gone(new)
-  old, (new, _) = new, calls.decode(new, params, table(), key, shape.groups, shape.shared)
+  old, (new, _) = new, calls.decode(new, params, table(), key, *size)
   assert gone(old) and not gone(new)
 
 

@@ -46,6 +46,14 @@ def hazards(segment: int) -> drive.Script:
   return script
 
 
+COMPANY = [3, 2, 9, 14, 19, 1]
+POOLS = {
+  "a tree for each": drive.settings(prompts=6),
+  "one tree": drive.settings(prompts=6, pages=1),
+  "two trees, few rows": drive.settings(prompts=6, pages=2, groups=3, group=2),
+}
+
+
 @pytest.mark.parametrize(
   ("width", "branching", "initial", "depth", "waves", "percent"),
   [
@@ -78,7 +86,7 @@ def test_depth_ends_what_is_shorter_than_the_longest_answer():
 def test_the_published_scripted_tree():
   # path 1 ends in step 2, paths 0, 3 and 7 in step 3: rows 3.. are step 2, rows 7.. step 3
   shape = drive.settings(width=16, depth=5)
-  ends = dict.fromkeys((4, 7, 10, 14), "eos")
+  ends = {4: "eos", 7: "eos", 10: "eos", 14: "eos"}
   growth, trees = drive.against_oracle(shape, [5], scripted(ends))
   assert sizes(trees[0]) == [2, 4, 8, 12, 12]
   children = np.bincount(growth.tree.parent[0, 1 : growth.tree.size[0]], minlength=15)
@@ -99,8 +107,8 @@ def test_the_published_scripted_tree():
 
 
 def test_where_all_paths_loop_the_prompt_is_grown_anew():
-  ends = dict.fromkeys((1, 2), "repetition")
-  growth, trees = drive.against_oracle(drive.settings(), [5], scripted(ends))
+  ends = {1: "repetition", 2: "repetition"}
+  growth, trees = drive.against_oracle(POOLS["a tree for each"], COMPANY, scripted(ends))
   assert sizes(trees[0]) == [2, 2, 4, 6, 6] and trees[0]["fallbacks"] == 2
   assert growth.tree.source[0, 3:5].tolist() == [0, 0]
   assert stops(growth) == ["repetition"] * 2 + ["length"] * 6
@@ -128,22 +136,14 @@ def test_random_scripts_give_the_tree_of_the_oracle(name):
   assert growth.done.all() and (finished <= shape.width).all()
   if shape.fallback == "random":
     assert (finished == shape.width).all()
-    assert shape.depth == 1 or sum(t["fallbacks"] > 0 for t in trees.values()) > 5
+    assert shape.depth == 1 or sum(t["fallbacks"] > 0 for t in trees.values()) > 3
   regrown = tree.source > 0
-  cut = np.take_along_axis(tree.status, np.maximum(tree.source, 0), 1)[regrown]
+  b, row = np.nonzero(regrown)
+  cut = np.asarray(tree.status)[b, tree.source[b, row]]
   assert set(cut.tolist()) <= {tree_lib.EOS, tree_lib.ANSWER}
   reach = np.asarray(jax.vmap(tree_lib.ancestors)(tree.parent))
-  b, row = np.nonzero(regrown)
   assert reach[b, tree.source[b, row], tree.parent[b, row]].all()  # kept is of the source's path
   assert (tree.parent[b, row] != tree.source[b, row]).all()  # and not the whole of it
-
-
-COMPANY = [3, 2, 9, 14, 19, 1]
-POOLS = {
-  "a tree for each": drive.settings(prompts=6),
-  "one tree": drive.settings(prompts=6, pages=1),
-  "two trees, few rows": drive.settings(prompts=6, pages=2, groups=3, group=2),
-}
 
 
 def test_trees_do_not_depend_on_rows_pages_or_company():

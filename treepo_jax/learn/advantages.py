@@ -37,7 +37,7 @@ def estimate(tree: tree_lib.Tree, reward: Float[Array, "b n"], *, config) -> Adv
   """Returns the advantage of every returned trajectory, by config.advantage.
 
   Args:
-    tree: a batch of grown trees.
+    tree: a batch of grown trees; those without a returned trajectory take no part.
     reward: of each trajectory at the row of its leaf; other rows are not read.
     config: frozen; hashable, for it is static.
   """

@@ -91,9 +91,9 @@ class _Spans(NamedTuple):
 def pack(tree: tree_lib.Tree, advantage: Float[Any, "b n"], *, config) -> list[Batch]:
   """Returns the batches of one optimizer step each, at most config.learn.minibatches of them.
 
-  Trees are dealt to the batches in turn and stay whole there; a batch that would hold no token is
-  left out. The number of rows is config.learn.micro_rows times a power of two, so that few shapes
-  are compiled; empty rows come last.
+  Trees are dealt to the batches in turn and stay whole there; those without a returned trajectory
+  take no turn, and no batch is empty. The number of rows is config.learn.micro_rows times a power
+  of two, so that few shapes are compiled; empty rows come last.
 
   Args:
     tree: grown trees; nodes that no returned trajectory passes are left out.
@@ -124,7 +124,7 @@ def pack(tree: tree_lib.Tree, advantage: Float[Any, "b n"], *, config) -> list[B
     credit=np.zeros((none.size, 5)),
   )
   spans = _Spans(*(np.concatenate(pair) for pair in zip(prompts, nodes, strict=True)))
-  dealt = pieces.tree % settings.minibatches
+  dealt = np.unique(pieces.tree, return_inverse=True)[1] % settings.minibatches
   return [_fill(tree, pieces, spans, dealt == m, config) for m in np.unique(dealt)]
 
 

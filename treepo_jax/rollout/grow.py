@@ -33,7 +33,6 @@ LEAST_ROWS, LEAST_SHARED = 32, 8  # smaller programs would save less than their 
 def settings(config, *, vocabulary: int, eos_ids: tuple[int, ...], closed: int) -> Settings:
   """Returns the static part of a rollout from a validated config and what the text layer knows."""
   r = config.rollout
-  most = r.depth * r.segment
   return Settings(
     width=r.width,
     depth=r.depth,
@@ -43,7 +42,7 @@ def settings(config, *, vocabulary: int, eos_ids: tuple[int, ...], closed: int) 
     remainder=r.remainder,
     fallback=r.fallback,
     prompt_length=r.prompt_length,
-    response_length=min(r.response_length or most, most),
+    response_length=r.response_length or r.depth * r.segment,
     repetition_window=r.repetition_window,
     repetition_count=r.repetition_count,
     page=r.page,

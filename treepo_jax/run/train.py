@@ -42,6 +42,11 @@ def run(config, workdir: Path) -> dict | None:
   if checkpoints.latest() is not None:
     state, position = checkpoints.restore(state)
   start = int(state.step)
+  if start > config.train.steps:
+    raise UserError(
+      f"{workdir} holds {start} steps, more than config.train.steps = {config.train.steps}: raise "
+      "it or give another --workdir"
+    )
 
   stop = _Stop()
   with (
