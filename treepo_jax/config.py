@@ -41,11 +41,11 @@ def default() -> ml_collections.ConfigDict:
   c.rollout = ml_collections.ConfigDict()
   c.rollout.prompts = 16  # prompts a step
   c.rollout.width = 16  # w: trajectories a prompt
-  c.rollout.depth = 10  # d: segments a trajectory at most
-  c.rollout.segment = 8  # l: tokens a segment, a multiple of rollout.page
+  c.rollout.depth = 5  # d: segments a trajectory at most
+  c.rollout.segment = 16  # l: tokens a segment, a multiple of rollout.page
   c.rollout.branching = 2  # b: branches a node; the budget of a prompt grows as b^depth up to w
-  c.rollout.initial = 2  # branches of the prompt itself (least, where initial_max is larger)
-  c.rollout.initial_max = 2  # > initial: drawn a prompt, uniform in initial..initial_max
+  c.rollout.initial = 4  # branches of the prompt itself (least, where initial_max is larger)
+  c.rollout.initial_max = 4  # > initial: drawn a prompt, uniform in initial..initial_max
   c.rollout.remainder = "spread"  # uneven budget: "spread" over the first nodes | all to the "last"
   c.rollout.fallback = "random"  # "random": cut a finished answer at a segment and regrow | "none"
   c.rollout.response_length = 0  # tokens of an answer at most; 0: depth * segment
@@ -58,7 +58,7 @@ def default() -> ml_collections.ConfigDict:
   )
   c.rollout.page = 8  # tokens a page of the KV cache
   c.rollout.rows = 256  # decode rows a device at most, a multiple of rollout.group
-  c.rollout.group = 8  # rows that read their shared pages together
+  c.rollout.group = 4  # rows that read their shared pages together
   c.rollout.pages = 0  # pages of the pool a device; 0: as many as all its prompts can need
 
   c.reward = ml_collections.ConfigDict()
@@ -69,7 +69,7 @@ def default() -> ml_collections.ConfigDict:
   c.advantage.estimator = "treepo"  # "treepo" (Eq 5) | "grpo" (Eq 2)
   c.advantage.aggregate = "average"  # over sub-groups: "average" (Eq 5) | "group_size" (Eq 6)
   c.advantage.reject = False  # drop sub-groups whose rewards are all equal (Eq 7)
-  c.advantage.repeat = True  # count a sub-group at each depth it spans, as published; False: once
+  c.advantage.repeat = False  # True: count a sub-group at each depth it spans, as published
 
   c.learn = ml_collections.ConfigDict()
   c.learn.packing = "tree"  # "tree": each token once | "path": each trajectory by itself
@@ -81,8 +81,8 @@ def default() -> ml_collections.ConfigDict:
   c.learn.clip_dual = 10.0  # dual clip of negative advantages
 
   c.train = ml_collections.ConfigDict()
-  c.train.steps = 60  # rollout batches
-  c.train.learning_rate = 1e-4
+  c.train.steps = 80  # rollout batches
+  c.train.learning_rate = 2e-4
   c.train.warmup = 5  # optimizer steps of linear warm-up, from lr / warmup
   c.train.weight_decay = 0.0
   c.train.b1 = 0.9
