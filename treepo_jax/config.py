@@ -81,8 +81,9 @@ def default() -> ml_collections.ConfigDict:
   c.learn.clip_dual = 10.0  # dual clip of negative advantages
 
   c.train = ml_collections.ConfigDict()
-  c.train.steps = 80  # rollout batches
-  c.train.learning_rate = 2e-4
+  c.train.steps = 50  # rollout batches
+  c.train.learning_rate = 3e-4
+  c.train.final_rate = 0.1  # share of it that is left at the last step, linearly; 1: constant
   c.train.warmup = 5  # optimizer steps of linear warm-up, from lr / warmup
   c.train.weight_decay = 0.0
   c.train.b1 = 0.9
@@ -98,7 +99,7 @@ def default() -> ml_collections.ConfigDict:
   c.eval = ml_collections.ConfigDict()
   c.eval.prompts = 512  # held-out prompts
   c.eval.samples = 1  # answers a prompt
-  c.eval.every = 10  # steps between evaluations while training; 0: only before and after
+  c.eval.every = 5  # steps between evaluations while training; 0: only before and after
   c.eval.temperature = 1.0
   c.eval.sampling = "sequential"  # "sequential" | "tree" (the shape of rollout)
   return c.lock()
@@ -202,6 +203,8 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
   for key in ("train.b1", "train.b2"):
     if not 0 <= _value(c, key) < 1:
       raise UserError(f"config.{key} = {_value(c, key)}: must be in [0, 1)")
+  if not 0 <= c.train.final_rate <= 1:
+    raise UserError(f"config.train.final_rate = {c.train.final_rate}: must be in [0, 1]")
   _positive(c, "eval.prompts", "eval.samples", "eval.temperature")
   _at_least(c, "eval.every", 0)
   _one_of(c, "eval.sampling", ("sequential", "tree"))

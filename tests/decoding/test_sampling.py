@@ -70,6 +70,14 @@ def test_both_ends_of_the_unit_interval():
   assert first == 2 and last == VOCABULARY - 2
 
 
+@pytest.mark.parametrize("second", [1, 128])  # of the same block, of the next
+def test_intervals_are_open_on_the_right(second):
+  logits = np.full(SIZE, -np.inf, np.float32)
+  logits[[0, second]] = 1.0
+  below = np.nextafter(np.float32(0.5), np.float32(0))
+  assert draw(logits, [0.0, below, 0.5])[0].tolist() == [0, 0, second]
+
+
 @pytest.mark.parametrize("size", [5, 128, 129, 700])
 def test_any_size_of_vocabulary(size):
   logits = np.linspace(-1, 1, size)

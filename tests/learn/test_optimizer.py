@@ -15,6 +15,7 @@ from treepo_jax.learn import optimizer
 def settings(**values):
   c: Any = config_lib.default()
   c.train.update({"learning_rate": 0.1, "warmup": 4, "grad_clip": 1.0, "weight_decay": 0.0})
+  c.train.update({"final_rate": 1.0, "steps": 10})
   c.train.update(values)
   return ml_collections.FrozenConfigDict(c)
 
@@ -38,6 +39,14 @@ def test_the_rate_warms_up_from_the_first_step_on():
   np.testing.assert_allclose(rates, [0.025, 0.05, 0.075, 0.1, 0.1, 0.1], rtol=1e-6)
   # Adam's step is the rate itself while the gradient stays the same.
   np.testing.assert_allclose(weights, 1 - np.cumsum(rates), rtol=1e-5)
+
+
+def test_the_rate_falls_to_its_share_over_all_optimizer_steps():
+  config = settings(warmup=0, final_rate=0.2, steps=2)
+  with_two = ml_collections.ConfigDict(config)
+  with_two.learn.minibatches = 2
+  _, rates = run(ml_collections.FrozenConfigDict(with_two), [0.5] * 6)
+  np.testing.assert_allclose(rates, [0.1, 0.08, 0.06, 0.04, 0.02, 0.02], rtol=1e-6)
 
 
 def test_no_warm_up():

@@ -26,9 +26,10 @@ NODES, WIDTH = 20, 16
     (16, 8, 0, 0, 8, 16),
     (8, 4, 3, 1, 3, 5),
     (16, 2, 15, 2, 1, 1),
+    (16, 2, 14, 0, 3, 3),  # no active path is dropped
   ],
 )
-def test_published_budgets(width, b, finished, ended, active, total):
+def test_budgets(width, b, finished, ended, active, total):
   found = branching.budget(
     jnp.int32(finished), jnp.int32(ended + active), jnp.int32(active), width=width, branching=b
   )

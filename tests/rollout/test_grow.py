@@ -80,7 +80,8 @@ def settings(eos_ids=EOS_IDS, closed=CLOSED, **rollout) -> grow.Settings:
   config = config_lib.default()
   config.model.unroll = False
   config.rollout.update(width=6, depth=DEPTH, segment=SEGMENT, page=2, group=4, rows=64)
-  config.rollout.update(prompt_length=PROMPT, repetition_window=2, repetition_count=3)
+  config.rollout.update(prompt_length=PROMPT, initial_max=3)
+  config.rollout.update(repetition_window=2, repetition_count=3)
   config.rollout.update(rollout)
   config = config_lib.validate(config)
   return grow.settings(config, vocabulary=VOCABULARY, eos_ids=eos_ids, closed=closed)
@@ -303,7 +304,7 @@ def test_independent_answers_share_nothing():
 
 
 def test_saving_where_nothing_stops_early_is_that_of_the_shape():
-  endless = settings(eos_ids=(), closed=-1)
+  endless = settings(eos_ids=(), closed=-1, initial_max=2)
   shape = dataclasses.replace(endless, repetition_count=0, width=8, depth=4, response_length=16)
   tree, cost = run(shape, prompts()[:3])
   assert path_tokens(tree) == 3 * 8 * 16

@@ -9,11 +9,11 @@ from jaxtyping import Array, Float
 
 
 def create(config) -> optax.GradientTransformation:
-  """Returns AdamW behind a global-norm clip, with linear warm-up and then a constant rate.
+  """Returns AdamW behind a global-norm clip, with linear warm-up and linear decay.
 
   The rate at optimizer step k, from 0, is train.learning_rate * min((k + 1) / train.warmup, 1):
   already the first step learns. (The published schedule starts at 0 and counts rollout batches.)
-  Weight decay is on every weight, as published.
+  It falls to train.final_rate of that over the run; at 1 it is constant, as published. Weight decay is on every weight, as published.
   """
   t = config.train
   return optax.chain(
@@ -30,5 +30,7 @@ def learning_rate(opt_state: Any, config) -> Float[Array, ""]:
 
 
 def _rate(step: jax.typing.ArrayLike, config) -> Float[Array, ""]:
-  warmup = max(config.train.warmup, 1)
-  return config.train.learning_rate * jnp.minimum((jnp.asarray(step) + 1) / warmup, 1)
+  t = config.train
+  done = jnp.minimum(jnp.asarray(step) / (t.steps * config.learn.minibatches), 1)
+  left = 1 - (1 - t.final_rate) * done
+  return t.learning_rate * left * jnp.minimum((jnp.asarray(step) + 1) / max(t.warmup, 1), 1)
