@@ -5,7 +5,9 @@ python experiments/tree_vs_sequential.py --workdir=runs/compare --seeds=0,1,2
 Trains configs/tiny.py and configs/sequential.py (same policy, problems, returned trajectories,
 learning rate and steps) with each seed, in turn; a run that is finished is not repeated.
 Then, per seed: how many tokens the tree run had decoded when its held-out accuracy first reached
-the sequential run's final one, as a share of all that the sequential run decoded. Writes
+the sequential run's final one, as a share of all that the sequential run decoded; and the same for
+fixed levels of accuracy, both curves interpolated linearly between evaluations, which says more:
+the final accuracies lie on a plateau where one run crosses the other's by chance. Writes
 compare.json and compare.png into the workdir.
 """
 
@@ -20,6 +22,7 @@ from matplotlib.figure import Figure
 
 from treepo_jax.run import metrics as metrics_lib
 
+LEVELS = (0.6, 0.7, 0.8, 0.9, 0.95)
 ROOT = Path(__file__).parents[1]
 RUNS = {"tree": "configs/tiny.py", "sequential": "configs/sequential.py"}
 
@@ -46,11 +49,20 @@ def curve(folder: Path) -> list[tuple[float, float]]:
   return points
 
 
+def tokens_at(points: list[tuple[float, float]], level: float) -> float | None:
+  """Returns the tokens decoded when a curve first reached `level`, interpolated; None if never."""
+  for (before, low), (after, high) in zip(points, points[1:], strict=False):
+    if low < level <= high:
+      return before + (after - before) * (level - low) / (high - low)
+  return None
+
+
 def compare(tree: Path, sequential: Path) -> dict:
   """Returns the figures of one seed."""
   ours, theirs = curve(tree), curve(sequential)
   spent, target = theirs[-1]
   reached = [tokens for tokens, accuracy in ours if accuracy >= target]
+  at = {level: (tokens_at(ours, level), tokens_at(theirs, level)) for level in LEVELS}
   summary = {p: json.loads((p / "summary.json").read_text()) for p in (tree, sequential)}
   return {
     "before": ours[0][1],
@@ -60,6 +72,7 @@ def compare(tree: Path, sequential: Path) -> dict:
     "sequential_tokens": spent,
     "tokens_to_reach": reached[0] if reached else None,
     "share": reached[0] / spent if reached else None,
+    "share_at": {str(level): a / b if a and b else None for level, (a, b) in at.items()},
     "decode_saving": summary[tree]["decode_saving"],
     "token_saving": summary[tree]["token_saving"],
     "tree_seconds": summary[tree]["seconds"],
@@ -97,6 +110,10 @@ def main() -> None:
       f"seed {seed}: {row['before']:.1%} -> tree {row['tree_after']:.1%}, sequential "
       f"{row['sequential_after']:.1%}; the tree reached that with {share}"
     )
+  for level in map(str, LEVELS):
+    shares = [row["share_at"][level] for row in rows if row["share_at"][level]]
+    if shares:
+      print(f"to {float(level):.0%}: " + ", ".join(f"{share:.0%}" for share in shares))
   shares = [row["share"] for row in rows if row["share"] is not None]
   if shares:
     print(f"median share {statistics.median(shares):.0%}, largest {max(shares):.0%}")

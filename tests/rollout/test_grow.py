@@ -80,7 +80,7 @@ def settings(eos_ids=EOS_IDS, closed=CLOSED, **rollout) -> grow.Settings:
   config = config_lib.default()
   config.model.unroll = False
   config.rollout.update(width=6, depth=DEPTH, segment=SEGMENT, page=2, group=4, rows=64)
-  config.rollout.update(prompt_length=PROMPT, initial_max=3)
+  config.rollout.update(prompt_length=PROMPT, branching=2, initial=2, initial_max=3)
   config.rollout.update(repetition_window=2, repetition_count=3)
   config.rollout.update(rollout)
   config = config_lib.validate(config)
@@ -239,6 +239,8 @@ def test_prompts_one_at_a_time_give_the_same_trees():
 )
 def test_rows_groups_pages_and_unrolling_do_not_matter(changes, trees, unroll, monkeypatch):
   monkeypatch.setattr(grow, "PREFILL", 4)  # 9 prompts in three calls
+  monkeypatch.setattr(grow, "LEAST_ROWS", 1)  # as many sizes of the decoder as there can be
+  monkeypatch.setattr(grow, "LEAST_SHARED", 1)
   shape = settings(**changes)
   decoder = dataclasses.replace(shape.decoder, unroll=unroll)
   shape = dataclasses.replace(shape, decoder=decoder, pages=trees * shape.pages_of_tree)
@@ -246,6 +248,13 @@ def test_rows_groups_pages_and_unrolling_do_not_matter(changes, trees, unroll, m
   same(tree, usual()[0])
   assert cost["rollout/tokens_decoded"] == usual()[1]["rollout/tokens_decoded"]
   assert cost["rollout/pages_held"] == 0
+
+
+def test_decoders_are_large_enough_and_few():
+  for most in (1, 5, 64):
+    sizes = {needed: grow._bucket(needed, most, 2) for needed in range(most + 1)}
+    assert all(needed <= size <= most for needed, size in sizes.items())
+    assert len(set(sizes.values())) <= 3 and min(sizes.values()) >= min(most, 2)
 
 
 def test_eight_devices_grow_what_one_does():

@@ -13,7 +13,8 @@ def create(config) -> optax.GradientTransformation:
 
   The rate at optimizer step k, from 0, is train.learning_rate * min((k + 1) / train.warmup, 1):
   already the first step learns. (The published schedule starts at 0 and counts rollout batches.)
-  It falls to train.final_rate of that over the run; at 1 it is constant, as published. Weight decay is on every weight, as published.
+  It falls to train.final_rate of that over the run; at 1 it is constant, as published. Weight
+  decay is on every weight, as published.
   """
   t = config.train
   return optax.chain(
