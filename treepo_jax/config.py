@@ -44,8 +44,8 @@ def default() -> ml_collections.ConfigDict:
   c.rollout.depth = 5  # d: segments a trajectory at most
   c.rollout.segment = 16  # l: tokens a segment, a multiple of rollout.page
   c.rollout.branching = 2  # b: branches a node; the budget of a prompt grows as b^depth up to w
-  c.rollout.initial = 4  # branches of the prompt itself (least, where initial_max is larger)
-  c.rollout.initial_max = 4  # > initial: drawn a prompt, uniform in initial..initial_max
+  c.rollout.initial = 6  # branches of the prompt itself (least, where initial_max is larger)
+  c.rollout.initial_max = 6  # > initial: drawn a prompt, uniform in initial..initial_max
   c.rollout.remainder = "spread"  # uneven budget: "spread" over the first nodes | all to the "last"
   c.rollout.fallback = "random"  # "random": cut a finished answer at a segment and regrow | "none"
   c.rollout.response_length = 0  # tokens of an answer at most; 0: depth * segment

@@ -168,6 +168,9 @@ def test_pages_are_free_or_held_once_and_at_the_end_all_free(pool):
     pages = drive.held(growth)
     assert sorted(growth.pool.free[: growth.pool.size].tolist() + pages) == [*range(shape.pages)]
     most = max(most, len(pages))
+    ended = (growth.tree.leaves != tree_lib.NO_ROW).sum(1)
+    queued = (growth.tree.status == tree_lib.OPEN).sum(1)
+    assert (ended + queued <= shape.width).all()
     running = growth.admitted & ~growth.done
     assert running.sum() <= trees
     # besides those being decoded, just the nodes that have or will have children hold pages
@@ -203,6 +206,7 @@ def test_the_longest_answer_inside_a_segment(length, why, found, kept):
   script = lambda name, row, depth: (length, why) if depth == 2 else (4, None)
   growth, _ = drive.against_oracle(shape, [5], script)
   assert stops(growth) == [found] * 2
+  assert growth.counters.decoded == 2 * 4 + 2 * length  # cut off or not, it was sampled
   leaf = int(growth.tree.leaves[0, 0])
   host = jax.tree.map(np.asarray, growth.tree)
   assert len(tree_lib.response(host, 0, leaf)) == kept
