@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -34,8 +35,13 @@ def command(workdir: Path, *more: str, config: str = "tiny") -> list[str]:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-  flags = f"--xla_force_host_platform_device_count={devices}"
-  return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+  return os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    # What one run compiles the next ones find.
+    "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / "treepo_jax_test_programs"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
 
 
 def run(workdir: Path, *more: str, config: str = "tiny", devices: int = 1, status: int = 0) -> str:
