@@ -96,7 +96,7 @@ def draw(folders: dict[str, list[Path]], path: Path) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description="Trees against sequential sampling, over seeds.")
   parser.add_argument("--workdir", type=Path, default=Path("runs/compare"))
   parser.add_argument("--seeds", default="0,1,2")
   parser.add_argument("more", nargs="*", help="flags for both, such as -- --config.train.steps=20")

@@ -22,7 +22,7 @@ def load(path: Path):
 def test_every_config_validates_and_says_how_to_run_it(path):
   module = load(path)
   config_lib.validate(module.get_config())
-  assert f"--config=configs/{path.name}" in module.__doc__
+  assert f"--config=configs/{path.name}" in str(module.__doc__)
 
 
 def test_a_misspelt_key_is_refused():
