@@ -1,6 +1,9 @@
 """The baseline: independent answers from the same engine, GRPO's group advantage.
 
 python -m treepo_jax.main --config=configs/sequential.py --workdir=runs/sequential
+
+Two CPU cores: under three minutes. Held-out accuracy rises from 50 % to about 97 %, with half as
+many tokens again as configs/tiny.py (experiments/README.md, three seeds).
 """
 
 from treepo_jax import config

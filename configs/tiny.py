@@ -1,6 +1,9 @@
-"""TreePO of the embedded policy on the embedded arithmetic task.
+"""TreePO of the embedded policy on the embedded arithmetic task: the default run.
 
 python -m treepo_jax.main --config=configs/tiny.py --workdir=runs/tiny
+
+Two CPU cores: about two minutes. Held-out accuracy rises from 50 % to 96 to 97 %, a third of the
+tokens is decoded and trained less than path by path (experiments/README.md, three seeds).
 """
 
 from treepo_jax import config

@@ -4,6 +4,7 @@ import os
 
 import hypothesis
 import jax
+import pytest
 
 if "JAX_PLATFORMS" not in os.environ:  # tolerances are for the CPU; set it to test elsewhere
   jax.config.update("jax_platforms", "cpu")
@@ -18,3 +19,10 @@ hypothesis.settings.register_profile(
   max_examples=30,
 )
 hypothesis.settings.load_profile("treepo_jax")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+  """Frees what a file compiled: each program holds memory maps, and Linux allows 65,530 of them."""
+  yield
+  jax.clear_caches()
