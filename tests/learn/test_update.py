@@ -57,6 +57,7 @@ def settings(row_length=WHOLE, micro_rows=8, how="tree", dtype="float32", **trai
   c.model.dtype = dtype
   c.train.eps = 1e-2  # smooth: without it Adam blows rounding errors of zero gradients up
   c.train.learning_rate, c.train.warmup = 0.01, 4
+  c.train.final_rate = 1.0
   c.train.update(train)
   return ml_collections.FrozenConfigDict(c)
 

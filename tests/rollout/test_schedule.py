@@ -57,7 +57,6 @@ def test_open_nodes_fill_the_groups_in_order(opened, shape):
 @pytest.mark.parametrize(
   "changes",
   [
-    {},
     {"pages": 2, "groups": 3, "group": 2},
     {"segment": 4, "page": 1, "depth": 3, "group": 8},
     {"depth": 1, "page": 4},
