@@ -41,7 +41,6 @@ def grow(
   branching: int,
   initial: int,
   depth: int,
-  segment: int,
   response_length: int,
   remainder: str,
   fallback: str,

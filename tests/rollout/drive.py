@@ -75,6 +75,20 @@ def state(prompt_id: int, row: int) -> int:
   return token(prompt_id, row, 99) % 100 if row else 0
 
 
+def hazards(segment: int) -> Script:
+  """Returns a script that ends paths at random, most of them in the same wave or none at all."""
+
+  def script(name: int, row: int, depth: int) -> tuple[int, str | None]:
+    draw = lambda purpose, n: token(name, row, 1000 + purpose) % n
+    last = 1 + name // 5 % 4  # of prompts 4, 9, .. every path ends there, of 0, 5, .. none does
+    if draw(0, 100) >= (0, 20, 50, 85, 100 * (depth >= last))[name % 5]:
+      return segment, None
+    why = ("eos", "answer", "eos", "repetition")[draw(1, 4)]
+    return (segment if why == "repetition" else 1 + draw(2, segment)), why
+
+  return script
+
+
 @functools.cache
 def programs(shape: growth_lib.Settings, layers: int = 1):
   """Returns create and advance, compiled."""
@@ -196,7 +210,6 @@ def against_oracle(
       write,
       **rules,
       initial=first,
-      segment=shape.decoder.segment,
       shuffle=draws(0),
       cut=draws(1),
     )

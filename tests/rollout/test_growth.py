@@ -32,20 +32,6 @@ def scripted(ends: dict[int, str], segment: int = 4) -> drive.Script:
   return lambda name, row, depth: (segment, ends[row] if row in ends else None)
 
 
-def hazards(segment: int) -> drive.Script:
-  """Returns a script that ends paths at random, most of them in the same wave or none at all."""
-
-  def script(name: int, row: int, depth: int) -> tuple[int, str | None]:
-    draw = lambda purpose, n: drive.token(name, row, 1000 + purpose) % n
-    last = 1 + name // 5 % 4  # of prompts 4, 9, .. every path ends there, of 0, 5, .. none does
-    if draw(0, 100) >= (0, 20, 50, 85, 100 * (depth >= last))[name % 5]:
-      return segment, None
-    why = ("eos", "answer", "eos", "repetition")[draw(1, 4)]
-    return (segment if why == "repetition" else 1 + draw(2, segment)), why
-
-  return script
-
-
 COMPANY = [3, 2, 9, 14, 19, 1]
 POOLS = {
   "a tree for each": drive.settings(prompts=6),
@@ -130,7 +116,7 @@ SHAPES = {
 def test_random_scripts_give_the_tree_of_the_oracle(name):
   prompts = 30
   shape = drive.settings(prompts=prompts, **SHAPES[name])
-  growth, trees = drive.against_oracle(shape, [*range(prompts)], hazards(4))
+  growth, trees = drive.against_oracle(shape, [*range(prompts)], drive.hazards(4))
   tree = growth.tree
   finished = (tree.leaves != tree_lib.NO_ROW).sum(1)
   assert growth.done.all() and (finished <= shape.width).all()
@@ -148,14 +134,14 @@ def test_random_scripts_give_the_tree_of_the_oracle(name):
 
 def test_trees_do_not_depend_on_rows_pages_or_company():
   whole, *others = POOLS.values()
-  *_, (alone, _) = drive.run(whole, COMPANY, hazards(4))
+  *_, (alone, _) = drive.run(whole, COMPANY, drive.hazards(4))
   by_id = {name: jax.tree.map(lambda x, b=b: x[b], alone.tree) for b, name in enumerate(COMPANY)}
   for shape, order in zip([whole, *others], [COMPANY[::-1], COMPANY, COMPANY[::-1]], strict=True):
-    *_, (growth, _) = drive.run(shape, order, hazards(4))
+    *_, (growth, _) = drive.run(shape, order, drive.hazards(4))
     for b, name in enumerate(order):
       found = jax.tree.map(lambda x, b=b: x[b], growth.tree)
       jax.tree.map(np.testing.assert_array_equal, found, by_id[name])
-  *_, (other, _) = drive.run(whole, COMPANY, hazards(4), seed=1)
+  *_, (other, _) = drive.run(whole, COMPANY, drive.hazards(4), seed=1)
   assert not np.array_equal(other.tree.parent, alone.tree.parent)  # other cuts
 
 
@@ -164,7 +150,7 @@ def test_pages_are_free_or_held_once_and_at_the_end_all_free(pool):
   shape = POOLS[pool]
   lengths = [1, 2, 3, 4, 5, 6]  # of no page, one page, .. three pages
   trees, most, growth = shape.pages // shape.pages_of_tree, 0, None
-  for growth, _ in drive.run(shape, COMPANY, hazards(4), lengths=lengths):
+  for growth, _ in drive.run(shape, COMPANY, drive.hazards(4), lengths=lengths):
     pages = drive.held(growth)
     assert sorted(growth.pool.free[: growth.pool.size].tolist() + pages) == [*range(shape.pages)]
     most = max(most, len(pages))
@@ -183,7 +169,7 @@ def test_pages_are_free_or_held_once_and_at_the_end_all_free(pool):
 
 def test_padding_is_not_grown():
   real = [True, False, True, True, False, False]
-  *_, (growth, _) = drive.run(POOLS["a tree for each"], COMPANY, hazards(4), real=real)
+  *_, (growth, _) = drive.run(POOLS["a tree for each"], COMPANY, drive.hazards(4), real=real)
   count = (growth.tree.leaves != tree_lib.NO_ROW).sum(1)
   assert count.tolist() == [8 * r for r in real]
   assert (growth.tree.size > 1).tolist() == real

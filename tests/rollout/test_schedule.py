@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from tests import rollout_oracle as oracle
 from tests.rollout import drive
-from tests.rollout.test_growth import hazards
 from treepo_jax.decoding import pages as pages_lib
 from treepo_jax.rollout import schedule
 from treepo_jax.rollout import tree as tree_lib
@@ -70,7 +69,7 @@ def test_rows_see_the_pages_of_their_path_alone(changes):
   segment, page, per_node = shape.decoder.segment, shape.page, shape.pages_of_segment
   written: dict[int, tuple] = {}
   checked = 0
-  for growth, need in drive.run(shape, names, hazards(segment), lengths=lengths):
+  for growth, need in drive.run(shape, names, drive.hazards(segment), lengths=lengths):
     for b in np.flatnonzero(growth.fresh):
       for i, p in enumerate(growth.paths.prompt[b][::-1].tolist()):
         if p != pages_lib.NO_PAGE:
