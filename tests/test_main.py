@@ -30,7 +30,7 @@ def run(*arguments: str) -> str:
     ((TINY, "--config.rollout.dpth=3"), ("dpth", "depth")),
     ((TINY, "--config.rollout.segment=12"), ("rollout.segment = 12", "rollout.page = 8")),
     ((TINY, "--config.rollout.depth=deep"), ("config.rollout.depth", "deep")),
-    ((TINY, "--config.rollout.prompt_length=8"), ("prompt", "11 tokens", "prompt_length = 8")),
+    ((TINY, "--config.rollout.prompt_length=8"), ("prompt", " tokens", "prompt_length = 8")),
     ((TINY, "--config.model.path=nowhere"), ("model.path", "nowhere")),
     ((TINY, "--mode=tran"), ("mode", "train")),
     ((TINY, "--wrkdir=x"), ("wrkdir",)),

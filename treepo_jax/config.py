@@ -160,7 +160,11 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
     *(f"rollout.{k}" for k in ("prompt_length", "temperature", "page", "rows", "group")),
     "rollout.repetition_window",
   )
-  _at_least(c, "rollout.repetition_count", 0)
+  if c.rollout.repetition_count < 0 or c.rollout.repetition_count == 1:
+    raise UserError(
+      f"config.rollout.repetition_count = {c.rollout.repetition_count}: must be 0, not checked, or "
+      "at least 2 (any window occurs once)"
+    )
   _at_least(c, "rollout.pages", 0)
   _at_least(c, "rollout.response_length", 0)
   _multiple(c, "rollout.segment", "rollout.page")

@@ -31,6 +31,7 @@ def main(argv: list[str]) -> None:
 
   # A second run, or one that continues, finds its programs compiled.
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "treepo_jax"))
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
   from treepo_jax.run import (
     evaluate,

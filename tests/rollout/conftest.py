@@ -10,4 +10,3 @@ def compile_quickly():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", before)
-  jax.clear_caches()  # each program holds memory maps, of which a process may have 65530

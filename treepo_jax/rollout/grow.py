@@ -105,7 +105,7 @@ def grow(
   """
   shape = _fit(shape, -(-len(prompts) // mesh_lib.shards(mesh)))
   calls = _compiled(graph, shape, mesh)
-  params = jax.device_put(params, mesh_lib.replicated(mesh))
+  params, table = jax.device_put((params, table), mesh_lib.replicated(mesh))
   growth, segment = calls.start(params, *_arrays(prompts, mesh_lib.shards(mesh), shape))
   while True:
     growth, need = calls.advance(growth, segment, key)
