@@ -217,7 +217,7 @@ def test_rollout_and_evaluate_write_their_files(tmp_path):
   run(tmp_path / "evaluate", "--mode=evaluate", "--config.eval.samples=4")
   summary = json.loads((tmp_path / "evaluate" / "summary.json").read_text())
   assert summary["pass@4"] >= summary["pass@1"] == pytest.approx(summary["accuracy"])
-  answers = [json.loads(x) for x in (tmp_path / "evaluate" / "answers.jsonl").open()]
+  answers = trees(tmp_path / "evaluate" / "answers.jsonl")
   assert len(answers) == 8 and all(len(a["answers"]) == 4 for a in answers)
 
 
