@@ -7,7 +7,6 @@ Rows are taken in order, so a parent's row is less than its child's.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
@@ -124,9 +123,6 @@ def attach(
 def finished(tree: Tree) -> Int[Array, "*b"]:
   """Returns W, how many trajectories of each prompt have ended."""
   return (tree.leaves != NO_ROW).sum(-1, dtype=jnp.int32)
-
-
-batched_ancestors = jax.vmap(ancestors)
 
 
 def path(tree: Tree, b: int, row: int) -> list[int]:

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +31,12 @@ def accuracy(params: dict, prompts: Sequence[data.Prompt], *, policy: setup.Setu
   return float(np.mean([right for r in rollouts for tree in r.correct for right in tree]))
 
 
-def _rollouts(params, prompts, policy: setup.Setup, config) -> list[collect.Rollout]:
-  shape = sampler(config, policy.shape)
-  key = setup.key(config, 0, STREAM)
-  return [
-    collect.collect(params, key, prompts[i : i + CHUNK], setup=policy, shape=shape, config=config)
-    for i in range(0, len(prompts), CHUNK)
-  ]
+def _rollouts(params, prompts, policy: setup.Setup, config) -> Iterator[collect.Rollout]:
+  """Yields the answers to CHUNK prompts after the other."""
+  shape, key = sampler(config, policy.shape), setup.key(config, 0, STREAM)
+  for i in range(0, len(prompts), CHUNK):
+    chunk = prompts[i : i + CHUNK]
+    yield collect.collect(params, key, chunk, setup=policy, shape=shape, config=config)
 
 
 def pass_at(right: int, count: int, k: int) -> float:
@@ -69,13 +68,9 @@ def run(config, workdir: Path) -> dict:
   prompts = data.heldout(config, policy.text).prompts
   begun = time.perf_counter()
   answers, decoded, path = [], 0.0, 0.0
-  shape, key = sampler(config, policy.shape), setup.key(config, 0, STREAM)
-  chunks = range(0, len(prompts), CHUNK)
-  with metrics_lib.Progress(len(chunks), 0, "evaluate", enabled=True) as progress:
-    for i in chunks:
-      rollout = collect.collect(
-        policy.params, key, prompts[i : i + CHUNK], setup=policy, shape=shape, config=config
-      )
+  chunks = -(-len(prompts) // CHUNK)
+  with metrics_lib.Progress(chunks, 0, "evaluate", enabled=True) as progress:
+    for rollout in _rollouts(policy.params, prompts, policy, config):
       answers += _answers(rollout)
       decoded += rollout.metrics["rollout/tokens_decoded"]
       path += rollout.metrics["rollout/tokens_path"]
