@@ -156,26 +156,28 @@ def sample(graph, params, prompts, length, key):
   """Returns answers i32[B, S] drawn at temperature 1 below prompts i32[B, P] of `length` tokens."""
   a, count = ARCHITECTURE, prompts.shape[0]
   model = nnx.merge(graph, params)
-  blocks = transformer.unstack(graph, params)
+  layers = transformer.unstack(params)
   key_cache, value_cache = (
     x.swapaxes(2, 3) for x in transformer.prefill(graph, params, prompts, length)
   )
   # The last prompt token is fed as the first step, so the shared context ends before it.
   visible = (jnp.arange(prompts.shape[1])[None] < length[:, None] - 1)[:, None]
+  key_cache = key_cache.swapaxes(-1, -2)
   context = transformer.Context(key=list(key_cache), value=list(value_cache), visible=visible)
-  own = [jnp.zeros((count, 1, a.kv_heads, RESPONSE, a.head_dim))] * a.layers
+  own_value = [jnp.zeros((count, a.kv_heads, 1, RESPONSE, a.head_dim))] * a.layers
+  own_key = [x.swapaxes(-1, -2) for x in own_value]
   last = jnp.take_along_axis(prompts, length[:, None] - 1, 1)
 
   def body(carry, step):
     token, own, done = carry
     hidden, own = transformer.decode_step(
-      model, blocks, token, length[:, None] - 1 + step, context, own, step
+      model, layers, token, length[:, None] - 1 + step, context, own, step
     )
     token = jax.random.categorical(jax.random.fold_in(key, step), model.logits(hidden))
     token = jnp.where(done, EOS, token)
     return (token, own, done | (token == EOS)), token[:, 0]
 
-  start = (last, (own, own), jnp.zeros((count, 1), bool))
+  start = (last, (own_key, own_value), jnp.zeros((count, 1), bool))
   return jax.lax.scan(body, start, jnp.arange(RESPONSE))[1].T
 
 

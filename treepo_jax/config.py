@@ -30,6 +30,7 @@ def default() -> ml_collections.ConfigDict:
   c.mesh.data = -1  # devices that hold whole copies; -1: all that are left
   c.mesh.fsdp = 1  # devices that weights and optimizer state are split over
   c.mesh.tensor = 1  # devices that heads and hidden units are split over
+  c.mesh.cpu_devices = 0  # without an accelerator: devices the CPU is taken as; 0: about one a core
 
   c.data = ml_collections.ConfigDict()
   c.data.path = ""  # a JSONL file of prompts; "": the embedded arithmetic task
@@ -147,6 +148,7 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
     _positive(c, f"mesh.{axis}")
   if c.mesh.data != -1:
     _positive(c, "mesh.data")
+  _at_least(c, "mesh.cpu_devices", 0)
   _one_of(c, "data.overlong", ("error", "drop"))
   _one_of(c, "data.template", ("plain", "chat"))
   if bool(c.data.path) != bool(c.data.eval_path):

@@ -33,10 +33,10 @@ def main(argv: list[str]) -> None:
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "treepo_jax"))
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-  from treepo_jax.run import (
-    evaluate,
-    train,
-  )  # jax starts here, after the flags are known to be good
+  from treepo_jax.model import mesh  # jax is imported here, after the flags are known to be good
+  from treepo_jax.run import evaluate, train
+
+  mesh.split_host(config)
 
   if MODE.value == "train":
     train.run(config, workdir)

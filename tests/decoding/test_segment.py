@@ -47,7 +47,6 @@ SETTINGS = segment_lib.Settings(
   vocabulary=VOCABULARY,
   eos_ids=EOS_IDS,
   closed=CLOSED,
-  unroll=False,
 )
 
 
@@ -72,9 +71,8 @@ def model():
 
 
 @functools.cache
-def decoder(unroll: bool):
-  settings = dataclasses.replace(SETTINGS, unroll=unroll)
-  return jax.jit(functools.partial(segment_lib.decode, graph=model()[0], settings=settings))
+def decoder():
+  return jax.jit(functools.partial(segment_lib.decode, graph=model()[0], settings=SETTINGS))
 
 
 @functools.cache
@@ -171,7 +169,9 @@ class Garden:
     return jax.device_get(segment_lib.Rows(**jax.tree.map(jnp.asarray, fields)))
 
   def decode(self, rows: segment_lib.Rows, unroll: bool = False):
-    return jax.device_get(decoder(unroll)(self.pool, rows, model()[1], TABLE, jax.random.key(7)))
+    params, key = model()[1], jax.random.key(7)
+    layers = transformer.unstack(params) if unroll else None
+    return jax.device_get(decoder()(self.pool, rows, params, layers, TABLE, key))
 
 
 def stopping_at(parent: Node, tokens: list[int]) -> tuple[int, int, int]:

@@ -188,25 +188,26 @@ def _context(graph, params):
   model = nnx.merge(graph, params)
   cache = jax.jit(functools.partial(model.packed, remat=False))(tokens, positions, end)[1]
   key, value = (jnp.swapaxes(x, 2, 3) for x in cache)  # [N, G, C, K, D] -> [N, G, K, C, D]
+  key = jnp.swapaxes(key, -1, -2)
   fields = {"key": key, "value": value, "visible": jnp.asarray(visible)}
   return transformer.Context(**fields), paths
 
 
 def _decode(graph, params, context, start, tokens, unroll: bool) -> np.ndarray:
   """Returns hidden states [steps, G, M, W] of tokens [steps, G, M] fed one by one."""
-  n, g, k, _, d = context.key.shape
-  junk = jnp.full((n, g, start.shape[1], k, OWN, d), 100, context.key.dtype)  # not yet written
-  own = (junk, junk)
+  n, g, k, _, d = context.value.shape
+  junk = jnp.full((n, g, k, start.shape[1], OWN, d), 100, context.key.dtype)  # not yet written
+  own = (junk.swapaxes(-1, -2), junk)
   if unroll:
     context = context.replace(key=list(context.key), value=list(context.value))
-    own = (list(junk), list(junk))
+    own = (list(own[0]), list(own[1]))
 
   @jax.jit
   def step(params, tokens, positions, context, own, t):
     traced.append(True)
-    blocks = transformer.unstack(graph, params) if unroll else None
+    layers = transformer.unstack(params) if unroll else None
     model = nnx.merge(graph, params)
-    return transformer.decode_step(model, blocks, tokens, positions, context, own, t)
+    return transformer.decode_step(model, layers, tokens, positions, context, own, t)
 
   found, traced = [], []
   for t, row in enumerate(tokens):

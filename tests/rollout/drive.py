@@ -33,7 +33,7 @@ def settings(*, prompts: int = 1, **changes) -> growth_lib.Settings:
   trees = changes.pop("pages", prompts)
   segment = changes.pop("segment", 4)
   decoder = segment_lib.Settings(
-    segment=segment, temperature=1.0, vocabulary=2**31 - 1, eos_ids=(), closed=-1, unroll=False
+    segment=segment, temperature=1.0, vocabulary=2**31 - 1, eos_ids=(), closed=-1
   )
   values = {
     "width": 8,
@@ -53,7 +53,7 @@ def settings(*, prompts: int = 1, **changes) -> growth_lib.Settings:
     "response_length": values["depth"] * segment,
     "groups": prompts * -(-values["width"] // values["group"]),
   } | values
-  shape = growth_lib.Settings(decoder=decoder, pages=0, **values)
+  shape = growth_lib.Settings(decoder=decoder, pages=0, unroll=False, **values)
   return growth_lib.Settings(**(vars(shape) | {"pages": trees * shape.pages_of_tree}))
 
 

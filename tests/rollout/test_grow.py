@@ -6,6 +6,8 @@ nothing but the last bits of log-probs.
 
 import dataclasses
 import functools
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -242,8 +244,7 @@ def test_rows_groups_pages_and_unrolling_do_not_matter(changes, trees, unroll, m
   monkeypatch.setattr(grow, "LEAST_ROWS", 1)  # as many sizes of the decoder as there can be
   monkeypatch.setattr(grow, "LEAST_SHARED", 1)
   shape = settings(**changes)
-  decoder = dataclasses.replace(shape.decoder, unroll=unroll)
-  shape = dataclasses.replace(shape, decoder=decoder, pages=trees * shape.pages_of_tree)
+  shape = dataclasses.replace(shape, unroll=unroll, pages=trees * shape.pages_of_tree)
   tree, cost = run(shape)
   same(tree, usual()[0])
   assert cost["rollout/tokens_decoded"] == usual()[1]["rollout/tokens_decoded"]
@@ -251,10 +252,11 @@ def test_rows_groups_pages_and_unrolling_do_not_matter(changes, trees, unroll, m
 
 
 def test_decoders_are_large_enough_and_few():
-  for most in (1, 5, 64):
-    sizes = {needed: grow._bucket(needed, most, 2) for needed in range(most + 1)}
+  for most, factor in itertools.product((1, 5, 64), (2, 4)):
+    sizes = {needed: grow._bucket(needed, most, 2, factor) for needed in range(most + 1)}
     assert all(needed <= size <= most for needed, size in sizes.items())
-    assert len(set(sizes.values())) <= 3 and min(sizes.values()) >= min(most, 2)
+    assert len(set(sizes.values())) <= math.log(max(most // 2, 1), factor) + 1
+    assert min(sizes.values()) >= min(most, 2)
 
 
 def test_eight_devices_grow_what_one_does():

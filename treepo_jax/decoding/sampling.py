@@ -20,10 +20,12 @@ def row_keys(key: jax.Array, prompt_id: UInt32[Array, "*q"], node: Int[Array, "*
   return flat.reshape(prompt_id.shape)
 
 
-def uniform(keys: jax.Array, step: Int[Array, ""]) -> Float[Array, "*q"]:
-  """Returns one number in [0, 1) a row, for the token at `step` of its segment."""
-  one = lambda key: jax.random.uniform(jax.random.fold_in(key, step))
-  return jax.vmap(one)(keys.reshape(-1)).reshape(keys.shape)
+def uniform(keys: jax.Array, count: int) -> Float[Array, "s *q"]:
+  """Returns numbers in [0, 1) for the first `count` tokens of each row's segment."""
+  one = lambda step, key: jax.random.uniform(jax.random.fold_in(key, step))
+  rows = jax.vmap(one, (None, 0))
+  flat = jax.vmap(rows, (0, None))(jnp.arange(count), keys.reshape(-1))
+  return flat.reshape(count, *keys.shape)
 
 
 @functools.partial(jax.vmap, in_axes=(0, 0, None, None))

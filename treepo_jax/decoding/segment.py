@@ -36,7 +36,6 @@ class Settings:
   vocabulary: int  # tokens of the tokenizer; logits beyond are never drawn
   eos_ids: tuple[int, ...]
   closed: int  # automaton state of a closed \\boxed{...}; -1: do not stop there
-  unroll: bool
 
 
 @struct.dataclass
@@ -111,6 +110,7 @@ def decode(
   pool: pages_lib.Pool,
   rows: Rows,
   params: dict,
+  layers: list[dict] | None,
   table: Int8[Array, "a v"],
   key: jax.Array,
   *,
@@ -121,16 +121,18 @@ def decode(
 
   Stops when every row has reached EOS, closed its box or filled the segment. Nothing here waits
   for the host. `key` is folded from seed and step; the rest of a draw's identity is in `rows`.
+
+  layers: transformer.unstack of the params, to decode with the layers unrolled; None: scanned.
   """
   model = nnx.merge(graph, params)
-  blocks = transformer.unstack(graph, params) if settings.unroll else None
+  unroll = layers is not None
   visible = _visible(rows, pool.key.shape[3])
   context = transformer.Context(
-    key=_gather(pool.key, rows.context, settings.unroll),
-    value=_gather(pool.value, rows.context, settings.unroll),
+    key=_gather(pool.key, rows.context, unroll, (0, 2, 4, 1, 3)),
+    value=_gather(pool.value, rows.context, unroll, (0, 2, 1, 3, 4)),
     visible=visible,
   )
-  keys = sampling.row_keys(key, rows.prompt_id, rows.node)
+  noise = sampling.uniform(sampling.row_keys(key, rows.prompt_id, rows.node), settings.segment)
   groups, members = rows.live.shape
   shape = (groups, members)
 
@@ -141,11 +143,12 @@ def decode(
   def body(carry):
     step, alive, last, state, own, out = carry
     hidden, own = transformer.decode_step(
-      model, blocks, last, rows.position + step, context, own, step
+      model, layers, last, rows.position + step, context, own, step
     )
     logits = model.logits(hidden).reshape(-1, model.arch.vocab_size)
-    noise = sampling.uniform(keys, step).reshape(-1)
-    token, log_prob = sampling.draw(logits, noise, settings.temperature, settings.vocabulary)
+    token, log_prob = sampling.draw(
+      logits, noise[step].reshape(-1), settings.temperature, settings.vocabulary
+    )
     token, log_prob = token.reshape(shape), log_prob.reshape(shape)
     state = jnp.where(alive, table[state, token].astype(jnp.int32), state)
     eos = stopping.is_any(token, settings.eos_ids)
@@ -165,7 +168,7 @@ def decode(
     "length": empty.length,
     "stop": empty.stop,
   }
-  own = _buffers(pool, shape, settings)
+  own = _buffers(pool, shape, settings.segment, unroll)
   carry = (jnp.zeros((), jnp.int32), rows.live, rows.last, rows.state, own, out)
   steps, _, _, state, own, out = jax.lax.while_loop(running, body, carry)
   length = out["length"].astype(jnp.float32)
@@ -217,36 +220,41 @@ def _visible(rows: Rows, page: int) -> Bool[Array, "g m c"]:
   return visible.reshape(*rows.sees.shape[:2], -1)
 
 
-def _gather(pool: Float[Array, "n p k t d"], pages: Int[Array, "g u"], unroll: bool):
-  """Returns each group's shared pages side by side, [G, K, C, D] a layer: read once a segment."""
-  n, _, k, t, d = pool.shape
-  g, u = pages.shape
+def _gather(
+  pool: Float[Array, "n p k t d"], pages: Int[Array, "g u"], unroll: bool, order: tuple[int, ...]
+):
+  """Returns each group's shared pages side by side a layer: read from the pool once a segment.
+
+  order: of [G, U, K, T, D], with U and T next to each other: they become the context's tokens.
+  """
   spot = jnp.maximum(pages, 0)  # entries without a page are masked
 
   def layer(x):
-    return x[spot].swapaxes(1, 2).reshape(g, k, u * t, d)
+    x = x[spot].transpose(order)
+    at = order.index(1)
+    return x.reshape(*x.shape[:at], -1, *x.shape[at + 2 :])
 
-  return [layer(pool[i]) for i in range(n)] if unroll else jax.vmap(layer)(pool)
+  return [layer(x) for x in pool] if unroll else jax.vmap(layer)(pool)
 
 
-def _buffers(pool: pages_lib.Pool, shape: tuple[int, int], settings: Settings):
+def _buffers(pool: pages_lib.Pool, shape: tuple[int, int], segment: int, unroll: bool):
   """Returns the empty key and value buffers of the segment."""
   n, _, k, _, d = pool.key.shape
-  zeros = jnp.zeros((*shape, k, settings.segment, d), pool.key.dtype)
-  if settings.unroll:
-    return [zeros] * n, [zeros] * n
-  stacked = jnp.zeros((n, *zeros.shape), zeros.dtype)
-  return stacked, stacked
+  g, m = shape
+  layers = () if unroll else (n,)
+  key = jnp.zeros((*layers, g, k, m, d, segment), pool.key.dtype)
+  value = jnp.zeros((*layers, g, k, m, segment, d), pool.key.dtype)
+  return ([key] * n, [value] * n) if unroll else (key, value)
 
 
 def _commit(pool: pages_lib.Pool, pages: Int[Array, "g m j"], own) -> pages_lib.Pool:
   """Writes the segments' buffers to the pool as whole pages."""
   page = pool.key.shape[3]
 
-  def pack(x):  # N x [G, M, K, S, D] -> [N, G * M * J, K, T, D]
-    x = jnp.stack(x) if isinstance(x, list) else x
-    n, g, m, k, s, d = x.shape
-    x = x.reshape(n, g * m, k, s // page, page, d).swapaxes(2, 3)
+  def pack(x):  # [N, G, K, M, S, D] -> [N, G * M * J, K, T, D]
+    n, g, k, m, s, d = x.shape
+    x = x.reshape(n, g, k, m, s // page, page, d).transpose(0, 1, 3, 4, 2, 5, 6)
     return x.reshape(n, g * m * (s // page), k, page, d)
 
-  return pages_lib.write(pool, pages.reshape(-1), pack(own[0]), pack(own[1]))
+  key, value = (jnp.stack(x) if isinstance(x, list) else x for x in own)
+  return pages_lib.write(pool, pages.reshape(-1), pack(key.swapaxes(-1, -2)), pack(value))

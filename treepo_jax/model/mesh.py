@@ -4,6 +4,8 @@ Axes: "data" holds whole copies, "fsdp" splits weights and optimizer state, "ten
 and hidden units. Rows of a batch and trees of a rollout are split over data x fsdp.
 """
 
+import os
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -25,6 +27,26 @@ ROLES = {
   "up": ("fsdp", "tensor"),
   "down": ("tensor", "fsdp"),  # [hidden, width]
 }
+
+
+def split_host(config) -> None:
+  """Lets a CPU count as config.mesh.cpu_devices devices; 0: about one a core. Before jax starts.
+
+  Small programs use cores far better side by side than inside one operation: the embedded policy
+  decodes and trains about 1.6 times as fast on two cores taken as two devices. 0 takes the largest
+  number up to the cores that mesh and learn.micro_rows divide into; the environment goes first.
+  """
+  count = config.mesh.cpu_devices
+  if not count:
+    if "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", ""):
+      return
+    fits = lambda n: (
+      n % (config.mesh.fsdp * config.mesh.tensor) == 0
+      and config.mesh.data in (-1, n // (config.mesh.fsdp * config.mesh.tensor))
+      and config.learn.micro_rows % (n // config.mesh.tensor) == 0
+    )
+    count = next((n for n in range(len(os.sched_getaffinity(0)), 1, -1) if fits(n)), 1)
+  jax.config.update("jax_num_cpu_devices", count)
 
 
 def create(config) -> Mesh:

@@ -49,16 +49,20 @@ class Architecture:
   qk_norm: bool
 
 
+Rotation = tuple[Float[Array, "*b 1 e"], Float[Array, "*b 1 e"]]  # cosine and sine, E = D / 2
+
+
 @struct.dataclass
 class Context:
   """What a group of decode rows sees beyond its own segment.
 
   Attributes:
-    key, value: one array a layer, or one array over all layers where the layers are scanned.
+    key, value: one array a layer, or one array over all layers where the layers are scanned; keys
+      with their tokens last (attention.shared).
     visible: which context tokens each row of the group sees.
   """
 
-  key: list[Float[Array, "g k c d"]] | Float[Array, "n g k c d"]
+  key: list[Float[Array, "g k d c"]] | Float[Array, "n g k d c"]
   value: list[Float[Array, "g k c d"]] | Float[Array, "n g k c d"]
   visible: Bool[Array, "g m c"]
 
@@ -108,15 +112,15 @@ class Block(nnx.Module):
     self.attention_norm = Norm(a.width, a.norm_eps, dtype)
     self.feed_norm = Norm(a.width, a.norm_eps, dtype)
 
-  def project(self, x: Float[Array, "*b w"], positions: Int[Array, "*b"]):
-    """Returns query [*b, H, D], key and value [*b, K, D] of normed x, rotated to `positions`."""
+  def project(self, x: Float[Array, "*b w"], turn: Rotation):
+    """Returns query [*b, H, D], key and value [*b, K, D] of normed x, rotated by `turn`."""
     a = self.arch
     split = lambda y, heads: y.reshape(*y.shape[:-1], heads, a.head_dim)
     query = split(self.query(x), a.heads)
     key, value = split(self.key(x), a.kv_heads), split(self.value(x), a.kv_heads)
     if self.query_norm is not None and self.key_norm is not None:
       query, key = self.query_norm(query), self.key_norm(key)
-    return rotate(query, positions, a), rotate(key, positions, a), value
+    return rotate(query, turn), rotate(key, turn), value
 
   def merge(self, x: Float[Array, "*b w"], mixed: Float[Array, "*b h d"]) -> Float[Array, "*b w"]:
     """Adds the attention's output and the feed-forward to the residual x."""
@@ -124,18 +128,18 @@ class Block(nnx.Module):
     y = self.feed_norm(x)
     return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
 
-  def packed(self, x, positions, end):
+  def packed(self, x, turn, end):
     """One layer over packed rows; returns x and the layer's (key, value) [R, L, K, D]."""
-    query, key, value = self.project(self.attention_norm(x), positions)
+    query, key, value = self.project(self.attention_norm(x), turn)
     return self.merge(x, attention.packed(query, key, value, end)), (key, value)
 
-  def decode(self, x, positions, context, own, step):
+  def decode(self, x, turn, context, own, step):
     """One layer for one new token a row; returns x and `own` with the token's key and value."""
-    query, key, value = self.project(self.attention_norm(x), positions)
-    put = lambda buffer, new: jax.lax.dynamic_update_slice_in_dim(
-      buffer, new[..., None, :], step, -2
+    query, key, value = self.project(self.attention_norm(x), turn)
+    put = lambda buffer, new, axis: jax.lax.dynamic_update_slice_in_dim(
+      buffer, jnp.expand_dims(new.swapaxes(1, 2), axis), step, axis
     )
-    own = put(own[0], key), put(own[1], value)
+    own = put(own[0], key, -1), put(own[1], value, -2)
     mixed = attention.shared(query, context[:2], context[2], own, step)
     return self.merge(x, mixed), own
 
@@ -161,7 +165,8 @@ class Transformer(nnx.Module):
   ):
     """Returns final hidden states [R, L, W] and every layer's (key, value) [N, R, L, K, D]."""
     graph, layers = nnx.split(self.blocks)
-    body = lambda x, layer: nnx.merge(graph, layer).packed(x, positions, end)
+    turn = rotation(positions, self.arch)
+    body = lambda x, layer: nnx.merge(graph, layer).packed(x, turn, end)
     if remat:
       body = jax.checkpoint(body)
     x, cache = jax.lax.scan(body, self.embed[...][tokens], layers)
@@ -220,43 +225,40 @@ def prefill(graph: nnx.GraphDef, params: dict, tokens: Int[Array, "b p"], length
   return nnx.merge(graph, params).packed(tokens, positions, end, remat=False)[1]
 
 
-def unstack(graph: nnx.GraphDef, params: dict) -> list[Block]:
-  """Returns the layers one by one, for decoding with the layers unrolled."""
-  block_graph, layers = nnx.split(nnx.merge(graph, params).blocks)
-  leaves, structure = jax.tree.flatten(layers)
-  rows = zip(*(list(leaf) for leaf in leaves), strict=True)
-  return [nnx.merge(block_graph, structure.unflatten(row)) for row in rows]
+def unstack(params: dict) -> list[dict]:
+  """Returns the weights of the layers one by one, for decoding with the layers unrolled."""
+  leaves, structure = jax.tree.flatten(params["blocks"])
+  return [structure.unflatten(row) for row in zip(*(list(leaf) for leaf in leaves), strict=True)]
 
 
 def decode_step(
-  model: Transformer, blocks: list[Block] | None, tokens, positions, context: Context, own, step
+  model: Transformer, weights: list[dict] | None, tokens, positions, context: Context, own, step
 ):
   """Feeds one token a row; returns hidden states [G, M, W] and `own` with its keys and values.
 
-  tokens, positions: i32[G, M]. own: (key, value), a list of [G, M, K, S, D] a layer where `blocks`
-  are given (unrolled), else one array with a leading layer axis (scanned).
+  weights: of each layer, from `unstack`, to unroll them; None: the model's own, scanned.
+  tokens, positions: i32[G, M]. own: (key, value), lists of [G, K, M, D, S] and [G, K, M, S, D] a
+  layer where the layers are unrolled, else one array with a leading layer axis.
   """
   x = model.embed[...][tokens]
-  if blocks is not None:
-    keys, values = [], []
-    for block, key, value, own_key, own_value in zip(
-      blocks, context.key, context.value, *own, strict=True
-    ):
-      x, (own_key, own_value) = block.decode(
-        x, positions, (key, value, context.visible), (own_key, own_value), step
-      )
-      keys.append(own_key)
-      values.append(own_value)
-    return model.norm(x), (keys, values)
-  graph, layers = nnx.split(model.blocks)
+  # Behind a barrier, or the compiler takes the sines anew in every layer.
+  turn = jax.lax.optimization_barrier(rotation(positions, model.arch))
+  graph, stacked = nnx.split(model.blocks)
 
-  def body(x, layer):
-    weights, key, value, own_key, own_value = layer
+  def layer(x, part):
+    weights, key, value, own_key, own_value = part
     block = nnx.merge(graph, weights)
-    return block.decode(x, positions, (key, value, context.visible), (own_key, own_value), step)
+    return block.decode(x, turn, (key, value, context.visible), (own_key, own_value), step)
 
-  x, own = jax.lax.scan(body, x, (layers, context.key, context.value, *own))
-  return model.norm(x), own
+  if weights is None:
+    x, own = jax.lax.scan(layer, x, (stacked, context.key, context.value, *own))
+    return model.norm(x), own
+  news = []
+  for part in zip(weights, context.key, context.value, *own, strict=True):
+    x, new = layer(x, part)
+    news.append(new)
+  keys, values = zip(*news, strict=True)
+  return model.norm(x), (list(keys), list(values))
 
 
 def inverse_frequencies(arch: Architecture) -> np.ndarray:
@@ -278,13 +280,16 @@ def along(vector: Float[Array, "w"], x: Float[Array, "..."]) -> Float[Array, "..
   return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
-def rotate(
-  x: Float[Array, "*b h d"], positions: Int[Array, "*b"], arch: Architecture
-) -> Float[Array, "*b h d"]:
-  """Rotates the two halves of each head by position (RoPE), in float32."""
+def rotation(positions: Int[Array, "*b"], arch: Architecture) -> Rotation:
+  """Returns cosine and sine of each position's angle at each frequency (RoPE), in float32."""
   angle = positions[..., None].astype(jnp.float32)
   angle = angle * along(jnp.asarray(inverse_frequencies(arch)), angle)
-  cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
+  return jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
+
+
+def rotate(x: Float[Array, "*b h d"], turn: Rotation) -> Float[Array, "*b h d"]:
+  """Rotates the two halves of each head by the angles of `rotation`, in float32."""
+  cos, sin = turn
   first, second = jnp.split(x.astype(jnp.float32), 2, -1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(
     x.dtype

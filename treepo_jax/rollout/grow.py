@@ -22,12 +22,13 @@ from treepo_jax.config import UserError
 from treepo_jax.decoding import pages as pages_lib
 from treepo_jax.decoding import segment as segment_lib
 from treepo_jax.model import mesh as mesh_lib
+from treepo_jax.model import transformer
 from treepo_jax.rollout import growth as growth_lib
 from treepo_jax.rollout import tree as tree_lib
 from treepo_jax.rollout.growth import Growth, Settings
 
-PREFILL = 16  # prompts a prefill call and shard
-LEAST_ROWS, LEAST_SHARED = 32, 8  # smaller programs would save less than their compilation costs
+PREFILL = 16  # prompts a prefill call and shard at most
+LEAST_ROWS, LEAST_SHARED = 32, 2  # smaller programs would save less than their compilation costs
 
 
 def settings(config, *, vocabulary: int, eos_ids: tuple[int, ...], closed: int) -> Settings:
@@ -49,13 +50,13 @@ def settings(config, *, vocabulary: int, eos_ids: tuple[int, ...], closed: int) 
     groups=r.rows // r.group,
     group=r.group,
     pages=r.pages,
+    unroll=config.model.unroll,
     decoder=segment_lib.Settings(
       segment=r.segment,
       temperature=r.temperature,
       vocabulary=vocabulary,
       eos_ids=eos_ids,
       closed=closed if r.stop_at_box else -1,
-      unroll=config.model.unroll,
     ),
   )
 
@@ -103,28 +104,31 @@ def grow(
   prompts: items with `.id` (identity, u32) and `.tokens`. key: folded from seed and step. table:
   the box automaton over token ids. Raises UserError where the page pool cannot hold one tree.
   """
-  shape = _fit(shape, -(-len(prompts) // mesh_lib.shards(mesh)))
+  count = -(-len(prompts) // mesh_lib.shards(mesh))  # prompts a shard
+  shape = _fit(shape, count)
   calls = _compiled(graph, shape, mesh)
   params, table = jax.device_put((params, table), mesh_lib.replicated(mesh))
+  layers = calls.unstack(params) if shape.unroll else None  # once a rollout, not once a segment
   growth, segment = calls.start(params, *_arrays(prompts, mesh_lib.shards(mesh), shape))
   while True:
     growth, need = calls.advance(growth, segment, key)
     groups, shared, fresh, unfinished = np.asarray(need).max(0)  # the only wait of a segment
     if not unfinished:
       break
-    for part in range(-(-int(fresh) // PREFILL)):
+    for part in range(-(-int(fresh) // min(PREFILL, count))):
       growth = calls.prefill(growth, params, jnp.asarray(part))
     size = (
-      _bucket(int(groups), shape.groups, -(-LEAST_ROWS // shape.group)),
-      _bucket(int(shared), shape.shared, LEAST_SHARED),
+      _bucket(int(groups), shape.groups, -(-LEAST_ROWS // shape.group), 4),
+      _bucket(int(shared), shape.shared, LEAST_SHARED, 2),
     )
-    growth, segment = calls.decode(growth, params, table, key, *size)
+    growth, segment = calls.decode(growth, params, layers, table, key, *size)
   return _finish(growth, len(prompts), graph, params, shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Calls:
   start: Callable
+  unstack: Callable
   advance: Callable
   prefill: Callable
   decode: Callable
@@ -150,6 +154,7 @@ def _compiled(graph: nnx.GraphDef, shape: Settings, mesh: Mesh) -> _Calls:
   start = functools.partial(_start, graph=graph, shape=shape)
   return _Calls(
     start=jax.jit(start, out_shardings=NamedSharding(mesh, PartitionSpec(mesh_lib.BATCH_AXES))),
+    unstack=jax.jit(transformer.unstack),
     advance=sharded(advance, whole=(2,), count=3),
     prefill=sharded(functools.partial(_prefill, graph=graph), whole=(1, 2), count=3),
     decode=_Decode(sharded, graph, shape),
@@ -163,20 +168,20 @@ class _Decode:
     self.sharded, self.graph, self.shape = sharded, graph, shape
     self.sizes = {}
 
-  def __call__(self, growth: Growth, params: dict, table, key, groups: int, shared: int):
+  def __call__(self, growth: Growth, params: dict, layers, table, key, groups: int, shared: int):
     if (groups, shared) not in self.sizes:
       run = functools.partial(
         _decode, graph=self.graph, shape=self.shape, groups=groups, shared=shared
       )
-      self.sizes[groups, shared] = self.sharded(run, whole=(1, 2, 3), count=4)
-    return self.sizes[groups, shared](growth, params, table, key)
+      self.sizes[groups, shared] = self.sharded(run, whole=(1, 2, 3, 4), count=5)
+    return self.sizes[groups, shared](growth, params, layers, table, key)
 
 
-def _bucket(needed: int, most: int, least: int) -> int:
-  """Returns the size to compile for: most, or a quarter of it, and so on down to `least`."""
+def _bucket(needed: int, most: int, least: int, factor: int) -> int:
+  """Returns the size to compile for: most, or `factor` times less, and so on down to `least`."""
   size = most
-  while size // 4 >= max(needed, least):
-    size //= 4
+  while size // factor >= max(needed, least):
+    size //= factor
   return size
 
 
@@ -225,10 +230,11 @@ def _start(
 
 def _prefill(growth: Growth, params: dict, part: Int[Array, ""], *, graph: nnx.GraphDef) -> Growth:
   """Writes the pages of the part-th PREFILL of the prompts just admitted."""
-  rank = jnp.cumsum(growth.fresh) - 1 - part * PREFILL
   b = growth.fresh.shape[0]
-  spot = jnp.where(growth.fresh & (rank >= 0), rank, PREFILL)
-  index = jnp.full(PREFILL, b, jnp.int32).at[spot].set(jnp.arange(b, dtype=jnp.int32), mode="drop")
+  chunk = min(PREFILL, b)
+  rank = jnp.cumsum(growth.fresh) - 1 - part * chunk
+  spot = jnp.where(growth.fresh & (rank >= 0), rank, chunk)
+  index = jnp.full(chunk, b, jnp.int32).at[spot].set(jnp.arange(b, dtype=jnp.int32), mode="drop")
   get = lambda x, fill: x.at[index].get(mode="fill", fill_value=fill)
   pool = segment_lib.prefill(
     growth.pool,
@@ -244,6 +250,7 @@ def _prefill(growth: Growth, params: dict, part: Int[Array, ""], *, graph: nnx.G
 def _decode(
   growth: Growth,
   params: dict,
+  layers,
   table,
   key: jax.Array,
   *,
@@ -265,6 +272,7 @@ def _decode(
     growth.pool,
     rows,
     params,
+    layers,
     table,
     jax.random.fold_in(key, 0),
     graph=graph,

@@ -41,6 +41,7 @@ class Settings:
   groups: int  # rows / group
   group: int
   pages: int
+  unroll: bool  # decode with the layers unrolled
   decoder: segment_lib.Settings
 
   @property
