@@ -49,6 +49,7 @@ def default() -> ml_collections.ConfigDict:
   c.rollout.initial_max = 6  # > initial: drawn a prompt, uniform in initial..initial_max
   c.rollout.remainder = "spread"  # uneven budget: "spread" over the first nodes | all to the "last"
   c.rollout.fallback = "random"  # "random": cut a finished answer at a segment and regrow | "none"
+  c.rollout.merge = True  # siblings that draw the same tokens are decoded and trained once
   c.rollout.response_length = 0  # tokens of an answer at most; 0: depth * segment
   c.rollout.prompt_length = 64  # tokens a prompt at most
   c.rollout.temperature = 1.0

@@ -47,6 +47,7 @@ def settings(*, prompts: int = 1, **changes) -> growth_lib.Settings:
     "repetition_count": 2,
     "page": 2,
     "group": 4,
+    "merge": False,
   } | changes
   values = {
     "initial_max": values["initial"],
@@ -121,7 +122,9 @@ def run(
     np.array(ids, np.uint32),
     np.array(real or [True] * len(ids)),
   )
-  segment = segment_lib.nothing((shape.groups, shape.group), shape.decoder.segment)
+  segment = segment_lib.nothing(
+    (shape.groups, shape.group), shape.decoder.segment, shape.followers
+  )
   while True:
     growth, need = jax.device_get(advance(growth, segment, jax.random.key(seed)))
     yield growth, need
@@ -134,7 +137,8 @@ def write(growth: growth_lib.Growth, script: Script) -> segment_lib.Segment:
   """Returns what the script says of the rows in use."""
   slots, tree = growth.slots, growth.tree
   groups, members = slots.live.shape
-  empty = segment_lib.nothing((groups, members), tree.tokens.shape[2])
+  followers = slots.followers.shape[2]
+  empty = segment_lib.nothing((groups, members), tree.tokens.shape[2], followers)
   out = jax.tree.map(lambda x: np.array(x), empty)
   for at in zip(*np.nonzero(slots.live), strict=True):
     b, row = int(slots.tree[at]), int(slots.node[at])

@@ -28,19 +28,23 @@ def uniform(keys: jax.Array, count: int) -> Float[Array, "s *q"]:
   return flat.reshape(count, *keys.shape)
 
 
-@functools.partial(jax.vmap, in_axes=(0, 0, None, None))
+@functools.partial(jax.vmap, in_axes=(0, 0, 0, None, None))
 def draw(
   logits: Float[Array, "v"],
   uniform: Float[Array, ""],
+  others: Float[Array, "r"],
   temperature: float,
   vocabulary: int,
-) -> tuple[Int[Array, ""], Float[Array, ""]]:
-  """Returns a token drawn from softmax(logits / temperature) and its log-prob at temperature 1.
+) -> tuple[Int[Array, ""], Bool[Array, "r"]]:
+  """Returns a token drawn from softmax(logits / temperature), and which `others` draw the same.
 
   Inverts the cumulative distribution: one uniform number a token instead of one a vocabulary
   entry (Gumbel's way). The inverse is taken in two levels, blocks and then tokens of the block, so
   that the full cumulative sum is never formed. Tokens from `vocabulary` on (padding of the
-  embedding beyond the tokenizer) are never drawn; the log-prob is the raw policy's.
+  embedding beyond the tokenizer) are never drawn.
+
+  others: uniform numbers of rows that have the same context. Each draws this very token exactly
+  where its number lies in the token's share of the unit interval, so no second draw is made.
   """
   size = logits.shape[0]
   scaled = jnp.where(jnp.arange(size) < vocabulary, logits / temperature, -jnp.inf)
@@ -48,13 +52,29 @@ def draw(
   weight = jnp.pad(weight, (0, -size % BLOCK)).reshape(-1, BLOCK)
   mass = weight.sum(-1)
   upto = jnp.cumsum(mass)
-  target = uniform * upto[-1]
-  block = _first(upto > target, mass)
-  inside = weight[block]
-  rest = target - (upto[block] - mass[block])
-  place = _first(jnp.cumsum(inside) > rest, inside)
-  token = (block * BLOCK + place).astype(jnp.int32)
-  return token, logits[token] - jax.nn.logsumexp(logits)
+  block = _first(upto > uniform * upto[-1], mass)
+  inside, before = weight[block], upto[block] - mass[block]
+  reached = jnp.cumsum(inside)
+  place = _first(reached > uniform * upto[-1] - before, inside)
+  target = others * upto[-1]
+  same = _is_first(block, upto, target, mass) & _is_first(place, reached, target - before, inside)
+  return (block * BLOCK + place).astype(jnp.int32), same
+
+
+@jax.vmap
+def log_prob(logits: Float[Array, "v"], token: Int[Array, ""]) -> Float[Array, ""]:
+  """Returns the token's log-prob at temperature 1, over all logits: the raw policy's."""
+  return logits[token] - jax.nn.logsumexp(logits)
+
+
+def _is_first(
+  index: Int[Array, ""], upto: Float[Array, "n"], target: Float[Array, "r"], weight
+) -> Bool[Array, "r"]:
+  """Returns where `_first(upto > target, weight)` is index: the same comparisons, no search."""
+  place, some = jnp.arange(weight.shape[0]), weight > 0
+  low = jnp.max(jnp.where(some & (place < index), upto, -jnp.inf))
+  last = jnp.max(jnp.where(some, place, 0))
+  return (low <= target) & ((target < upto[index]) | (index == last))
 
 
 def _first(beyond: Bool[Array, "n"], weight: Float[Array, "n"]) -> Int[Array, ""]:

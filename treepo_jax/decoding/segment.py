@@ -9,7 +9,7 @@ token costs one forward pass, and none is ever repeated to open a branch.
 
 Axes: G groups, M rows of a group (all of one tree), U shared pages of a group, J pages of a
 segment, S tokens of a segment, N layers, K key-value heads, D head size, T tokens of a page,
-V vocabulary, A automaton states.
+V vocabulary, A automaton states, F followers of a row.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from treepo_jax.decoding import sampling, stopping
 from treepo_jax.model import transformer
 
 CONTINUES, AT_EOS, AT_ANSWER = 0, 1, 2  # Segment.stop
+NO_ROW = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Rows:
     position: position of `last` in its trajectory, prompt included.
     state: automaton state after `last`.
     prompt_id, node: identity of the draws.
+    given: tokens of the segment that are known already.
+    tokens: those tokens; anything beyond.
+    followers: nodes with the same context and known tokens, which draw along with the row as long
+      as they draw the same; NO_ROW where fewer.
     pages: where the segment's keys and values go; NO_PAGE drops them.
     context: shared pages of the group, NO_PAGE where fewer.
     start: first valid token of each context page (prompts are padded on the left).
@@ -60,6 +65,9 @@ class Rows:
   state: Int[Array, "g m"]
   prompt_id: UInt32[Array, "g m"]
   node: Int[Array, "g m"]
+  given: Int[Array, "g m"]
+  tokens: Int[Array, "g m s"]
+  followers: Int[Array, "g m f"]
   pages: Int[Array, "g m j"]
   context: Int[Array, "g u"]
   start: Int[Array, "g u"]
@@ -75,6 +83,7 @@ class Segment:
     length: tokens sampled; 0 for rows not in use.
     state: automaton state at the end.
     stop: CONTINUES, AT_EOS or AT_ANSWER.
+    agreed: of each follower how many of the row's tokens it has too, from the first on.
     steps: steps run until the last row ended.
     read_shared: tokens whose keys and values were read, each context page once a group and step.
     read_flat: the same were each row to read its own path.
@@ -85,12 +94,13 @@ class Segment:
   length: Int[Array, "g m"]
   state: Int[Array, "g m"]
   stop: Int[Array, "g m"]
+  agreed: Int[Array, "g m f"]
   steps: Int[Array, ""]
   read_shared: Float[Array, ""]
   read_flat: Float[Array, ""]
 
 
-def nothing(shape: tuple[int, int], segment: int) -> Segment:
+def nothing(shape: tuple[int, int], segment: int, followers: int) -> Segment:
   """Returns the segment of rows that decoded nothing."""
   zero, none = jnp.zeros(shape, jnp.int32), jnp.zeros((*shape, segment))
   count = jnp.zeros(())
@@ -100,6 +110,7 @@ def nothing(shape: tuple[int, int], segment: int) -> Segment:
     length=zero,
     state=zero,
     stop=zero,
+    agreed=jnp.zeros((*shape, followers), jnp.int32),
     steps=count.astype(jnp.int32),
     read_shared=count,
     read_flat=count,
@@ -132,7 +143,10 @@ def decode(
     value=_gather(pool.value, rows.context, unroll, (0, 2, 1, 3, 4)),
     visible=visible,
   )
-  noise = sampling.uniform(sampling.row_keys(key, rows.prompt_id, rows.node), settings.segment)
+  nodes = jnp.concatenate([rows.node[..., None], rows.followers], -1)
+  identity = sampling.row_keys(key, jnp.broadcast_to(rows.prompt_id[..., None], nodes.shape), nodes)
+  noise = sampling.uniform(identity, settings.segment)
+  noise = noise.reshape(settings.segment, -1, nodes.shape[-1])
   groups, members = rows.live.shape
   shape = (groups, members)
 
@@ -141,15 +155,18 @@ def decode(
     return (step < settings.segment) & alive.any()
 
   def body(carry):
-    step, alive, last, state, own, out = carry
+    step, alive, follow, last, state, own, out = carry
     hidden, own = transformer.decode_step(
       model, layers, last, rows.position + step, context, own, step
     )
     logits = model.logits(hidden).reshape(-1, model.arch.vocab_size)
-    token, log_prob = sampling.draw(
-      logits, noise[step].reshape(-1), settings.temperature, settings.vocabulary
+    drawn, same = sampling.draw(
+      logits, noise[step, :, 0], noise[step, :, 1:], settings.temperature, settings.vocabulary
     )
-    token, log_prob = token.reshape(shape), log_prob.reshape(shape)
+    known = step < rows.given
+    token = jnp.where(known, rows.tokens[..., step], drawn.reshape(shape))
+    log_prob = sampling.log_prob(logits, token.reshape(-1)).reshape(shape)
+    follow &= known[..., None] | same.reshape(follow.shape)
     state = jnp.where(alive, table[state, token].astype(jnp.int32), state)
     eos = stopping.is_any(token, settings.eos_ids)
     stop = jnp.where(eos, AT_EOS, jnp.where(state == settings.closed, AT_ANSWER, CONTINUES))
@@ -158,19 +175,22 @@ def decode(
       "log_probs": out["log_probs"].at[..., step].set(jnp.where(alive, log_prob, 0)),
       "length": out["length"] + alive,
       "stop": jnp.where(alive, stop, out["stop"]),
+      "agreed": out["agreed"] + (follow & alive[..., None]),
     }
-    return step + 1, alive & (stop == CONTINUES), token, state, own, out
+    return step + 1, alive & (stop == CONTINUES), follow, token, state, own, out
 
-  empty = nothing(shape, settings.segment)
+  empty = nothing(shape, settings.segment, rows.followers.shape[-1])
   out = {
     "tokens": empty.tokens,
     "log_probs": empty.log_probs,
     "length": empty.length,
     "stop": empty.stop,
+    "agreed": empty.agreed,
   }
   own = _buffers(pool, shape, settings.segment, unroll)
-  carry = (jnp.zeros((), jnp.int32), rows.live, rows.last, rows.state, own, out)
-  steps, _, _, state, own, out = jax.lax.while_loop(running, body, carry)
+  follow = rows.followers != NO_ROW
+  carry = (jnp.zeros((), jnp.int32), rows.live, follow, rows.last, rows.state, own, out)
+  steps, _, _, _, state, own, out = jax.lax.while_loop(running, body, carry)
   length = out["length"].astype(jnp.float32)
   inner = (length * (length + 1) / 2).sum()
   group_tokens = visible.any(1).sum(-1).astype(jnp.float32)

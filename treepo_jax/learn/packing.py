@@ -137,7 +137,7 @@ def _layout(tree: tree_lib.Tree, advantage: np.ndarray) -> _Layout:
   credit = np.zeros((b, n, 5))
   owner, slot = np.nonzero(tree.leaves != tree_lib.NO_ROW)
   leaf = np.asarray(tree.leaves)[owner, slot]
-  credit[owner, leaf] = _credit(advantage[owner, leaf])
+  np.add.at(credit, (owner, leaf), _credit(advantage[owner, leaf]))  # a leaf may stand repeatedly
   for i in range(taken - 1, 0, -1):  # a parent's row is less than its child's
     credit[every, parent[:, i]] += credit[:, i]
 

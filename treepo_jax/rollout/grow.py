@@ -51,6 +51,7 @@ def settings(config, *, vocabulary: int, eos_ids: tuple[int, ...], closed: int) 
     group=r.group,
     pages=r.pages,
     unroll=config.model.unroll,
+    merge=r.merge,
     decoder=segment_lib.Settings(
       segment=r.segment,
       temperature=r.temperature,
@@ -224,7 +225,9 @@ def _start(
   pool = pages_lib.create(arch.layers, shape.pages, arch.kv_heads, shape.page, arch.head_dim, dtype)
   create = functools.partial(growth_lib.create, shape=shape, pool=pool)
   growth = jax.vmap(create)(tokens, length, identity, real)
-  empty = segment_lib.nothing((shape.groups, shape.group), shape.decoder.segment)
+  empty = segment_lib.nothing(
+    (shape.groups, shape.group), shape.decoder.segment, shape.followers
+  )
   return growth, jax.tree.map(lambda x: jnp.broadcast_to(x, (tokens.shape[0], *x.shape)), empty)
 
 
@@ -289,7 +292,9 @@ def _decode(
 
 def _finish(growth: Growth, count: int, graph: nnx.GraphDef, params: dict, shape: Settings):
   """Returns the trees on the host, without padding, and what they cost."""
-  tree = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], jax.device_get(growth.tree))
+  unshard = lambda x: x.reshape(-1, *x.shape[2:])[:count]
+  tree, twin = jax.tree.map(unshard, jax.device_get((growth.tree, growth.paths.twin)))
+  tree = tree_lib.merge(tree, twin)
   counters = jax.tree.map(lambda x: float(np.sum(x)), jax.device_get(growth.counters))
   arch = nnx.merge(graph, params).arch
   per_token = 2 * arch.layers * arch.kv_heads * arch.head_dim * params["embed"].dtype.itemsize

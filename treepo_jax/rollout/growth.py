@@ -42,6 +42,7 @@ class Settings:
   group: int
   pages: int
   unroll: bool  # decode with the layers unrolled
+  merge: bool  # siblings that draw the same tokens are decoded once
   decoder: segment_lib.Settings
 
   @property
@@ -56,6 +57,11 @@ class Settings:
   def pages_of_tree(self) -> int:
     """Pages that the largest tree can hold at once."""
     return self.pages_of_prompt + self.width * self.depth * self.pages_of_segment
+
+  @property
+  def followers(self) -> int:
+    """Nodes that a row can decode for besides its own."""
+    return self.width - 1 if self.merge else 0
 
   @property
   def shared(self) -> int:
@@ -112,8 +118,11 @@ def create(tokens, length, identity, real, *, shape: Settings, pool: pages_lib.P
     prompt=missing(b, shape.pages_of_prompt),
     pages=missing(b, n, shape.pages_of_segment),
     state=jnp.zeros((b, n), jnp.int32),
+    twin=jnp.full((b, n), tree_lib.NO_ROW, jnp.int32),
+    guide=jnp.zeros((b, n), jnp.int32),
+    given=jnp.zeros((b, n), jnp.int32),
   )
-  slots, _ = schedule.fill(tree, shape.groups, shape.group)
+  slots, _ = schedule.fill(tree, paths, shape.groups, shape.group, shape.followers)
   own = missing(*slots.live.shape, shape.pages_of_segment)
   never = jnp.zeros(b, bool)
   zero = jnp.zeros((), jnp.int32)
@@ -150,7 +159,9 @@ def advance(
   growth = _plan(growth, key, shape)
   growth = _admit(growth, key, shape)
 
-  slots, groups = schedule.fill(growth.tree, shape.groups, shape.group)
+  slots, groups = schedule.fill(
+    growth.tree, growth.paths, shape.groups, shape.group, shape.followers
+  )
   wanted = jnp.repeat(slots.live[..., None], shape.pages_of_segment, -1)
   pool, own = pages_lib.take(growth.pool, wanted.astype(jnp.int32))
   rows, shared = schedule.rows(
@@ -171,26 +182,46 @@ def _targets(slots: schedule.Slots, tree: tree_lib.Tree):
 
 
 def _store(growth: Growth, segment: segment_lib.Segment, shape: Settings) -> Growth:
-  """Attaches the decoded segments, ends trajectories, and frees the pages of the ended."""
-  tree, slots, s = growth.tree, growth.slots, shape.decoder.segment
+  """Attaches the decoded segments to their nodes and followers; frees the pages of the ended."""
+  tree, paths, slots, s = growth.tree, growth.paths, growth.slots, shape.decoder.segment
   b, n = tree.parent.shape
   allowed = shape.response_length - (tree.depth[slots.tree, slots.node] - 1) * s
   length = jnp.minimum(segment.length, allowed)
   kept = jnp.arange(s)[None, None] < length[..., None]
   at = _targets(slots, tree)
-  put = lambda old, new: old.at[at].set(new, mode="drop")
+  follows = slots.followers != tree_lib.NO_ROW
+  behind = jnp.where(follows, at[0][..., None], b), slots.followers
+  twin = segment.agreed == segment.length[..., None]
+
+  def put(old, new, common=None):
+    """Writes a value a row to its node, and to its followers: to twins the same, else `common`."""
+    old = old.at[at].set(new, mode="drop")
+    for_twin = jnp.broadcast_to(new[:, :, None], (*twin.shape, *new.shape[2:]))
+    common = 0 if common is None else common
+    values = jnp.where(twin.reshape(*twin.shape, *[1] * (new.ndim - 2)), for_twin, common)
+    return old.at[behind].set(values.astype(old.dtype), mode="drop")
+
+  tokens = jnp.where(kept, segment.tokens, 0)
+  common = jnp.arange(s) < segment.agreed[..., None]
   tree = dataclasses.replace(
     tree,
-    tokens=put(tree.tokens, jnp.where(kept, segment.tokens, 0)),
+    tokens=put(tree.tokens, tokens, jnp.where(common, tokens[:, :, None], 0)),
     log_probs=put(tree.log_probs, jnp.where(kept, segment.log_probs, 0)),
     length=put(tree.length, length),
   )
   status = _status(tree, slots, segment, allowed, shape)
-  tree = dataclasses.replace(tree, status=put(tree.status, status))
-  paths = dataclasses.replace(growth.paths, state=put(growth.paths.state, segment.state))
+  tree = dataclasses.replace(tree, status=put(tree.status, status, tree_lib.OPEN))
+  guide = jnp.broadcast_to(slots.node[..., None], twin.shape)
+  note = lambda old, new: old.at[behind].set(new, mode="drop")
+  paths = dataclasses.replace(
+    paths,
+    state=put(paths.state, segment.state),
+    twin=note(paths.twin, jnp.where(twin, guide, tree_lib.NO_ROW)),
+    guide=note(paths.guide, guide),
+    given=note(paths.given, segment.agreed),
+  )
 
-  ended = jnp.zeros((b, n), bool).at[at].set(status >= tree_lib.EOS, mode="drop")
-  tree = dataclasses.replace(tree, leaves=jax.vmap(_append)(tree.leaves, ended))
+  ended = tree.status >= tree_lib.EOS
   pool = pages_lib.release(growth.pool, jnp.where(ended[..., None], paths.pages, pages_lib.NO_PAGE))
   paths = dataclasses.replace(
     paths, pages=jnp.where(ended[..., None], pages_lib.NO_PAGE, paths.pages)
@@ -232,8 +263,15 @@ def _status(tree, slots, segment, allowed, shape: Settings) -> Int[Array, "g m"]
   return status
 
 
-def _append(leaves: Int[Array, "w"], ended: Bool[Array, "n"]) -> Int[Array, "w"]:
-  """Adds the rows that ended to a tree's leaves, in row order."""
+def _append(
+  leaves: Int[Array, "w"], status: Int[Array, "n"], ready: Bool[Array, ""]
+) -> Int[Array, "w"]:
+  """Adds the rows that ended in the wave just completed to a tree's leaves, in row order."""
+  n = status.shape[0]
+  listed = jnp.zeros(n, bool).at[jnp.where(leaves == tree_lib.NO_ROW, n, leaves)].set(
+    True, mode="drop"
+  )
+  ended = ready & (status >= tree_lib.EOS) & ~listed
   spot = jnp.where(
     ended, (leaves != tree_lib.NO_ROW).sum() + jnp.cumsum(ended) - 1, leaves.shape[0]
   )
@@ -242,8 +280,10 @@ def _append(leaves: Int[Array, "w"], ended: Bool[Array, "n"]) -> Int[Array, "w"]
 
 def _plan(growth: Growth, key: jax.Array, shape: Settings) -> Growth:
   """Branches, or falls back, every prompt whose wave is complete; frees the pages of those done."""
-  tree, finished = growth.tree, tree_lib.finished(growth.tree)
+  tree = growth.tree
   ready = growth.admitted & ~growth.done & ~(tree.status == tree_lib.OPEN).any(1)
+  tree = dataclasses.replace(tree, leaves=jax.vmap(_append)(tree.leaves, tree.status, ready))
+  finished = tree_lib.finished(tree)
   keys = jax.vmap(lambda i, w: jax.random.fold_in(jax.random.fold_in(key, i), w))(
     tree.prompt_id, growth.wave
   )

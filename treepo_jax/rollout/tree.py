@@ -8,12 +8,13 @@ Rows are taken in order, so a parent's row is less than its child's.
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from treepo_jax import struct
+from treepo_jax.decoding.segment import NO_ROW
 
 NO_PARENT = -1
-NO_ROW = -1
 
 UNUSED, OPEN, ACTIVE, INNER = 0, 1, 2, 3  # OPEN waits to be decoded, ACTIVE to be branched
 EOS, ANSWER, LENGTH, DEPTH, REPETITION = 4, 5, 6, 7, 8  # why a trajectory ended, from EOS on
@@ -123,6 +124,30 @@ def attach(
 def finished(tree: Tree) -> Int[Array, "*b"]:
   """Returns W, how many trajectories of each prompt have ended."""
   return (tree.leaves != NO_ROW).sum(-1, dtype=jnp.int32)
+
+
+def merge(tree: Tree, twin: Int[np.ndarray, "b n"]) -> Tree:
+  """Returns the trees with every node that has a twin taken out, its twin in its place (host).
+
+  What lay below it lies below its twin, and a trajectory that ended there is named by the twin's
+  row: `leaves` names a row as often as trajectories ended there. Rows taken out are UNUSED.
+  """
+  gone = twin != NO_ROW
+  own = np.arange(twin.shape[1])
+  holder = np.where(gone, twin, own)
+  move = lambda row: np.where(row > 0, np.take_along_axis(holder, np.maximum(row, 0), 1), row)
+  clear = lambda x, none: np.where(gone.reshape(*gone.shape, *[1] * (x.ndim - 2)), none, x)
+  return dataclasses.replace(
+    tree,
+    tokens=clear(tree.tokens, 0).astype(np.int32),
+    log_probs=clear(tree.log_probs, 0).astype(np.float32),
+    length=clear(tree.length, 0),
+    parent=clear(move(tree.parent), NO_PARENT),
+    depth=clear(tree.depth, 0),
+    status=clear(tree.status, UNUSED),
+    source=clear(move(tree.source), NO_ROW),
+    leaves=move(tree.leaves),
+  )
 
 
 def path(tree: Tree, b: int, row: int) -> list[int]:

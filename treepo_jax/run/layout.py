@@ -43,7 +43,7 @@ class Node:
   weight: float
   source: int | None  # row of the trajectory that was cut to grow this one
   depth: int = 0
-  order: int | None = None  # place among the returned trajectories
+  times: int = 0  # how many of the returned trajectories end here
   path_tokens: int = 0  # from the prompt to its end
   pieces: list[tuple[str, float]] = dataclasses.field(default_factory=list)  # text, log-prob
   children: list["Node"] = dataclasses.field(default_factory=list)
@@ -147,8 +147,8 @@ def _tree(record: dict, text: Callable[[tuple[int, ...]], str]) -> Tree:
       before = parent.tokens or before
     node.pieces = _pieces(before[-1:], node.tokens, node.log_probs, text)
     nodes[node.row] = node
-  for order, row in enumerate(record["leaves"]):
-    nodes[row].order = order
+  for row in record["leaves"]:
+    nodes[row].times += 1
   ordered = _depth_first(nodes[0])
   _place(ordered)
   return Tree(
@@ -191,8 +191,7 @@ def _depth_first(root: Node) -> list[Node]:
     ordered.append(node)
     stack.extend(reversed(node.children))
   for node in reversed(ordered):
-    own = [node] if node.order is not None else []
-    node.leaves = own + [leaf for child in node.children for leaf in child.leaves]
+    node.leaves = [node] * node.times + [leaf for child in node.children for leaf in child.leaves]
     node.rows = sum(child.rows for child in node.children) or 1
   return ordered
 
