@@ -15,5 +15,6 @@ def get_config():
   c.rollout.initial = c.rollout.initial_max = c.rollout.width
   c.rollout.branching = 1
   c.rollout.fallback = "none"
+  c.rollout.merge = False
   c.advantage.estimator = "grpo"
   return c

@@ -134,7 +134,14 @@ from treepo_jax.rollout import tree, branching
 def late():
   from treepo_jax.learn.update import step
 """
-  seen = _imports("x", source, {"config", "model.mesh", "rollout.tree", "rollout.branching",
-                               "learn.update"})
-  assert seen == {"jax.numpy", "model.mesh", "config", "rollout.tree", "rollout.branching",
-                  "learn.update"}
+  seen = _imports(
+    "x", source, {"config", "model.mesh", "rollout.tree", "rollout.branching", "learn.update"}
+  )
+  assert seen == {
+    "jax.numpy",
+    "model.mesh",
+    "config",
+    "rollout.tree",
+    "rollout.branching",
+    "learn.update",
+  }

@@ -16,7 +16,11 @@ FALSE_ALARM = 1e-4  # of a right sampler so many seeds fail
 
 @functools.cache
 def _draw(temperature: float, vocabulary: int):
-  return jax.jit(lambda logits, u: sampling.draw(logits, u, temperature, vocabulary))
+  def run(logits, u):
+    token, _ = sampling.draw(logits, u, u[:, None], temperature, vocabulary)
+    return token, sampling.log_prob(logits, token)
+
+  return jax.jit(run)
 
 
 def draw(logits, u, temperature=1.0, vocabulary=VOCABULARY):
@@ -117,6 +121,21 @@ def test_log_prob_is_the_policys_at_temperature_one(temperature):
   logits = some_logits(4)
   token, log_prob = draw(logits, np.linspace(0, 0.999, 500), temperature)
   np.testing.assert_allclose(log_prob, special.log_softmax(logits)[token], atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+def test_others_agree_where_they_draw_the_same(temperature):
+  logits = some_logits(6)
+  logits[40:200] = -np.inf  # a block without weight, and parts of two
+  u = np.random.default_rng(0).random(2000).astype(np.float32)
+  u[:3] = 0, np.nextafter(np.float32(1), np.float32(0)), 0.5
+  token, _ = draw(logits, u, temperature)
+  picked = np.r_[0:3, 3:40]
+  rows = np.broadcast_to(logits, (len(picked), SIZE))
+  others = np.broadcast_to(u, (len(picked), len(u)))
+  agree = jax.jit(lambda x, u, others: sampling.draw(x, u, others, temperature, VOCABULARY))
+  same = agree(rows, u[picked], others)[1]
+  np.testing.assert_array_equal(same, token[picked][:, None] == token[None])
 
 
 IDS = np.array([0, 1, 7, 7, 2**31, 2**32 - 1], np.uint32)

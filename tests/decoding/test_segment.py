@@ -71,8 +71,9 @@ def model():
 
 
 @functools.cache
-def decoder():
-  return jax.jit(functools.partial(segment_lib.decode, graph=model()[0], settings=SETTINGS))
+def decoder(temperature: float):
+  settings = dataclasses.replace(SETTINGS, temperature=temperature)
+  return jax.jit(functools.partial(segment_lib.decode, graph=model()[0], settings=settings))
 
 
 @functools.cache
@@ -135,7 +136,8 @@ class Garden:
     """Returns what to decode below the parents [G][M]; None is a row that is not in use."""
     shared = NODES * PER_NODE
     empty = lambda *axes: np.zeros((GROUPS, MEMBERS, *axes), np.int32)
-    rows = {name: empty() for name in ("last", "position", "state", "prompt_id", "node")}
+    rows = {name: empty() for name in ("last", "position", "state", "prompt_id", "node", "given")}
+    rows |= {"tokens": empty(SEGMENT), "followers": empty(0)}
     pages = np.full((GROUPS, MEMBERS, PER_NODE), pages_lib.NO_PAGE, np.int32)
     context = np.full((GROUPS, PER_PROMPT + shared), pages_lib.NO_PAGE, np.int32)
     start = np.zeros_like(context)
@@ -168,10 +170,10 @@ class Garden:
     fields["prompt_id"] = rows["prompt_id"].astype(np.uint32)
     return jax.device_get(segment_lib.Rows(**jax.tree.map(jnp.asarray, fields)))
 
-  def decode(self, rows: segment_lib.Rows, unroll: bool = False):
+  def decode(self, rows: segment_lib.Rows, unroll: bool = False, temperature: float = 1.0):
     params, key = model()[1], jax.random.key(7)
     layers = transformer.unstack(params) if unroll else None
-    return jax.device_get(decoder()(self.pool, rows, params, layers, TABLE, key))
+    return jax.device_get(decoder(temperature)(self.pool, rows, params, layers, TABLE, key))
 
 
 def stopping_at(parent: Node, tokens: list[int]) -> tuple[int, int, int]:
@@ -311,3 +313,57 @@ def test_draws_follow_the_identity_and_not_the_place():
     np.testing.assert_array_equal(found[name], segment[name][:, ::-1], name)
   np.testing.assert_allclose(found.log_probs, segment.log_probs[:, ::-1], atol=1e-5)
   assert len({tuple(t) for t in segment.tokens.reshape(-1, SEGMENT).tolist()}) > MEMBERS
+
+
+def changed(rows: segment_lib.Rows, **fields: np.ndarray) -> segment_lib.Rows:
+  """Returns the rows with other i32 fields."""
+  new = {name: jnp.asarray(x, jnp.int32) for name, x in fields.items()}
+  return dataclasses.replace(jax.tree.map(jnp.asarray, rows), **new)
+
+
+def test_followers_agree_as_far_as_they_draw_the_same_alone():
+  garden = Garden(5)
+  parents: list[list[Node | None]] = [[root] * MEMBERS for root in garden.roots]
+  others = np.arange(40, 70)
+  first_rows = rows = garden.rows(parents, 0)
+  alone = {}
+  for first in range(0, len(others), MEMBERS):
+    node = np.broadcast_to(others[first : first + MEMBERS], (GROUPS, MEMBERS))
+    rows = changed(rows, node=node)
+    _, segment = garden.decode(rows, temperature=0.2)
+    for at in np.ndindex(GROUPS, MEMBERS):
+      alone[at[0], int(node[at])] = segment.tokens[at][: segment.length[at]].tolist()
+  rows = first_rows
+  followers = np.broadcast_to(others, (GROUPS, MEMBERS, len(others)))
+  followers = np.where(np.arange(len(others)) % 5 == 4, segment_lib.NO_ROW, followers)
+  _, segment = garden.decode(changed(rows, followers=followers), temperature=0.2)
+  _, plain = garden.decode(rows, temperature=0.2)
+  np.testing.assert_array_equal(segment.tokens, plain.tokens)
+  found = []
+  for g, m, f in np.ndindex(*followers.shape):
+    n = int(segment.length[g, m])
+    tokens = segment.tokens[g, m, :n].tolist()
+    other = alone.get((g, int(followers[g, m, f])), [])
+    common = next((i for i, (a, b) in enumerate(zip(tokens, other, strict=False)) if a != b), n)
+    assert segment.agreed[g, m, f] == (common if other else 0)
+    found.append(common if other else 0)
+  assert 0 < sum(found) and max(found) > 1
+
+
+def test_known_tokens_are_taken_and_the_rest_drawn_as_before():
+  garden = Garden(6)
+  parents: list[list[Node | None]] = [[root] * MEMBERS for root in garden.roots]
+  rows = garden.rows(parents, 0)
+  _, whole = garden.decode(rows)
+  given = np.minimum(np.arange(GROUPS * MEMBERS).reshape(GROUPS, MEMBERS) % 4, whole.length)
+  known = np.arange(SEGMENT) < given[..., None]
+  tokens = np.where(known, whole.tokens, 3)  # what lies beyond is not read
+  _, found = garden.decode(changed(rows, given=given, tokens=tokens))
+  for name in ("tokens", "length", "stop", "state"):
+    np.testing.assert_array_equal(found[name], whole[name], name)
+  np.testing.assert_allclose(found.log_probs, whole.log_probs, atol=1e-5)
+  other = np.where(known, (whole.tokens + 1) % 50, 3)  # other tokens are taken too
+  _, found = garden.decode(changed(rows, given=given, tokens=other))
+  taken = known & (np.arange(SEGMENT) < found.length[..., None])
+  np.testing.assert_array_equal(found.tokens[taken], other[taken])
+  assert taken.sum() > 3

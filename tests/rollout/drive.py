@@ -122,9 +122,7 @@ def run(
     np.array(ids, np.uint32),
     np.array(real or [True] * len(ids)),
   )
-  segment = segment_lib.nothing(
-    (shape.groups, shape.group), shape.decoder.segment, shape.followers
-  )
+  segment = segment_lib.nothing((shape.groups, shape.group), shape.decoder.segment, shape.followers)
   while True:
     growth, need = jax.device_get(advance(growth, segment, jax.random.key(seed)))
     yield growth, need

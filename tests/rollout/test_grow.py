@@ -83,7 +83,7 @@ def settings(eos_ids=EOS_IDS, closed=CLOSED, **rollout) -> grow.Settings:
   config.model.unroll = False
   config.rollout.update(width=6, depth=DEPTH, segment=SEGMENT, page=2, group=4, rows=64)
   config.rollout.update(prompt_length=PROMPT, branching=2, initial=2, initial_max=3)
-  config.rollout.update(repetition_window=2, repetition_count=3)
+  config.rollout.update(repetition_window=2, repetition_count=3, merge=False)
   config.rollout.update(rollout)
   config = config_lib.validate(config)
   return grow.settings(config, vocabulary=VOCABULARY, eos_ids=eos_ids, closed=closed)
@@ -268,6 +268,55 @@ def test_eight_devices_grow_what_one_does():
   assert cost["rollout/pages_held"] == 0
 
 
+INDEPENDENT = {"branching": 1, "initial": 6, "initial_max": 6, "fallback": "none"}
+
+
+@pytest.mark.parametrize("changes", [{}, CHAINS, INDEPENDENT], ids=["trees", "chains", "answers"])
+def test_merging_siblings_changes_the_cost_alone(changes):
+  changes = changes | {"temperature": 0.02, "width": 6}
+  plain, cost = run(settings(**changes))
+  merged, less = run(settings(merge=True, **changes))
+  same_trajectories(merged, plain)
+  assert less["rollout/tokens_decoded"] == merged.length.sum() <= cost["rollout/tokens_decoded"]
+  assert less["rollout/pages_held"] == 0
+  if changes.get("initial") == 1:
+    return  # a chain has no siblings in one wave
+  assert less["rollout/tokens_decoded"] < 0.8 * cost["rollout/tokens_decoded"]
+  twice = [row for row in merged.leaves if len(set(row.tolist())) < len(row)]
+  assert twice  # some answers were drawn more than once
+  if changes.get("fallback") == "none":
+    for b, parent in enumerate(merged.parent):
+      texts = [(int(parent[r]), *merged.tokens[b, r].tolist()) for r in np.flatnonzero(parent >= 0)]
+      assert len(set(texts)) == len(texts)  # what is one text is one node
+
+
+def test_merged_trees_do_not_depend_on_rows_and_devices():
+  changes = {"temperature": 0.02, "merge": True}
+  tree, cost = run(settings(**changes))
+  for shape, mesh in (
+    (settings(rows=2, group=1, **changes), None),
+    (settings(group=2, **changes), mesh_lib.create(config_lib.default())),
+  ):
+    found, again = run(shape, mesh=mesh)
+    same(found, tree)
+    assert again["rollout/tokens_decoded"] == cost["rollout/tokens_decoded"]
+
+
+def same_trajectories(found: tree_lib.Tree, expected: tree_lib.Tree) -> None:
+  """Asserts that both hold the same trajectories in the same order; log-probs to rounding."""
+  for b in range(len(expected.size)):
+    for row, other in zip(found.leaves[b].tolist(), expected.leaves[b].tolist(), strict=True):
+      assert tree_lib.response(found, b, row) == tree_lib.response(expected, b, other)
+      assert found.status[b, row] == expected.status[b, other]
+      log_probs, others = (
+        np.concatenate(
+          [tree.log_probs[b, r, : tree.length[b, r]] for r in tree_lib.path(tree, b, i)]
+        )
+        for tree, i in ((found, row), (expected, other))
+      )
+      np.testing.assert_allclose(log_probs, others, atol=1e-5)
+
+
 def test_width_one_is_plain_sampling():
   # Sampled by hand from a plain forward of the whole text, with the draws that the identity gives.
   shape = settings(width=1, initial=1, initial_max=1, group=1, temperature=0.7, closed=-1)
@@ -353,7 +402,7 @@ def test_the_state_is_donated():
   assert gone(old) and not gone(new)
   old, new = new, calls.prefill(new, params, jnp.asarray(0))
   assert gone(old) and not gone(new)
-  old, (new, _) = new, calls.decode(new, params, table(), key, *size)
+  old, (new, _) = new, calls.decode(new, params, None, table(), key, *size)
   assert gone(old) and not gone(new)
 
 

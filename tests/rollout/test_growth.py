@@ -212,7 +212,7 @@ def _with_tokens(shape, text):
   create, advance = drive.programs(shape)
   ones = np.ones((2, shape.prompt_length), np.int32)
   growth = create(ones, np.full(2, 3, np.int32), np.arange(2, dtype=np.uint32), np.ones(2, bool))
-  segment = segment_lib.nothing((shape.groups, shape.group), shape.decoder.segment)
+  segment = segment_lib.nothing((shape.groups, shape.group), shape.decoder.segment, shape.followers)
   while True:
     growth, need = jax.device_get(advance(growth, segment, jax.random.key(0)))
     yield growth

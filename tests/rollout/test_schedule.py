@@ -20,8 +20,15 @@ TREES, WIDTH, DEPTH = 3, 4, 2
 
 
 @functools.cache
-def _fill(groups: int, members: int):
-  return jax.jit(lambda tree: schedule.fill(tree, groups, members))
+def _fill(groups: int, members: int, followers: int = 0):
+  return jax.jit(lambda tree, paths: schedule.fill(tree, paths, groups, members, followers))
+
+
+def _paths(trees: int, nodes: int, **changes) -> schedule.Paths:
+  zero = np.zeros((trees, nodes), np.int32)
+  pages = {"prompt": zero[:, :1], "pages": zero[..., None], "state": zero}
+  bundles = {"twin": zero - 1, "guide": zero, "given": zero}
+  return schedule.Paths(**jax.tree.map(jnp.asarray, pages | bundles | changes))
 
 
 @given(
@@ -44,13 +51,43 @@ def test_open_nodes_fill_the_groups_in_order(opened, shape):
     status[b, sorted(rows)] = tree_lib.OPEN
     rows = [(b, row) for row in sorted(rows)]
     expected += [rows[i : i + members] for i in range(0, len(rows), members)]
-  slots, used = _fill(*shape)(dataclasses.replace(tree, status=jnp.asarray(status)))
+  tree = dataclasses.replace(tree, status=jnp.asarray(status))
+  slots, used = _fill(*shape)(tree, _paths(*status.shape))
   expected = expected[:groups]
   assert used == len(expected)
   for g in range(groups):
     live = np.asarray(slots.live[g])
     found = np.stack([slots.tree[g], slots.node[g]], -1)[live]
     assert found.tolist() == [list(row) for row in (expected[g] if g < len(expected) else [])]
+
+
+def test_open_nodes_of_one_context_follow_the_first():
+  #        0        1, 4, 5, 6 and 7 are open below the prompt: 4 and 6 left guide 2 after 3 tokens,
+  #    1 2 3 4..7   7 left it after 2; below 2 and its twin 3 are 8 and 9, all three one context
+  #      |/           with 10 below 2
+  #   8 10 9
+  parent = np.array([[-1, 0, 0, 0, 0, 0, 0, 0, 2, 3, 2, -1, -1]], np.int32)
+  status = np.full(parent.shape, tree_lib.UNUSED, np.int32)
+  status[0, [1, 4, 5, 6, 7, 8, 9, 10]] = tree_lib.OPEN
+  status[0, [0, 2, 3]] = tree_lib.INNER
+  twin, guide, given_ = np.full(parent.shape, -1), np.zeros_like(parent), np.zeros_like(parent)
+  twin[0, 3], guide[0, [4, 6, 7]], given_[0, [4, 6]], given_[0, 7] = 2, 2, 3, 2
+  paths = _paths(*parent.shape, twin=twin.astype(np.int32), guide=guide, given=given_)
+  tree = tree_lib.create(
+    jnp.ones((1, 1), jnp.int32), jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.uint32),
+    width=12, depth=1, segment=1,
+  )  # fmt: skip
+  tree = dataclasses.replace(tree, parent=jnp.asarray(parent), status=jnp.asarray(status))
+  slots, used = _fill(3, 2, 11)(tree, paths)
+  bundles = {}
+  for at in zip(*np.nonzero(slots.live), strict=True):
+    row = slots.followers[at].tolist()
+    bundles[int(slots.node[at])] = [f for f in row if f != tree_lib.NO_ROW]
+  assert bundles == {1: [5], 4: [6], 7: [], 8: [9, 10]} and used == 2
+  rows, shared = schedule.rows(
+    tree, paths, slots, jnp.zeros((3, 2, 1), jnp.int32), shared=2, depth=2, page=1
+  )
+  assert shared == 1 and rows.given[slots.live].tolist() == [0, 3, 2, 0]
 
 
 @pytest.mark.parametrize(

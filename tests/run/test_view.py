@@ -108,8 +108,14 @@ def test_the_figures_of_a_tree_are_the_records(tmp_path):
 
 @pytest.mark.parametrize(
   ("value", "shown"),
-  [(1234.5, "+1,234.50"), (-0.5, "\u22120.50"), (0.0, "0.00"), (-0.001, "0.00"), (None, "\u2013"),
-   (float("-inf"), "\u2212inf")],  # fmt: skip
+  [
+    (1234.5, "+1,234.50"),
+    (-0.5, "\u22120.50"),
+    (0.0, "0.00"),
+    (-0.001, "0.00"),
+    (None, "\u2013"),
+    (float("-inf"), "\u2212inf"),
+  ],  # fmt: skip
 )
 def test_numbers_as_they_are_set_in_print(value, shown):
   assert view._number(value, 2, sign=True) == shown
@@ -151,8 +157,9 @@ def test_what_cannot_be_seen_is_shown(tmp_path):
   assert "a\u2400b\u241bc?" in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("records", [[], [record(0) | {"nodes": [node(0, -1, [])], "leaves": [],
-                                                       "fallback_of": {}}]])
+@pytest.mark.parametrize(
+  "records", [[], [record(0) | {"nodes": [node(0, -1, [])], "leaves": [], "fallback_of": {}}]]
+)
 def test_a_page_without_trajectories_is_still_a_page(tmp_path, records):
   Reader(written(records, tmp_path))
 

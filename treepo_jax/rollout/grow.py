@@ -123,13 +123,15 @@ def grow(
       _bucket(int(shared), shape.shared, LEAST_SHARED, 2),
     )
     growth, segment = calls.decode(growth, params, layers, table, key, *size)
-  return _finish(growth, len(prompts), graph, params, shape)
+  tree = calls.merge(growth.tree, growth.paths.twin) if shape.merge else growth.tree
+  return _finish(growth, tree, len(prompts), graph, params, shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Calls:
   start: Callable
   unstack: Callable
+  merge: Callable
   advance: Callable
   prefill: Callable
   decode: Callable
@@ -156,6 +158,7 @@ def _compiled(graph: nnx.GraphDef, shape: Settings, mesh: Mesh) -> _Calls:
   return _Calls(
     start=jax.jit(start, out_shardings=NamedSharding(mesh, PartitionSpec(mesh_lib.BATCH_AXES))),
     unstack=jax.jit(transformer.unstack),
+    merge=jax.jit(jax.vmap(jax.vmap(tree_lib.merge))),
     advance=sharded(advance, whole=(2,), count=3),
     prefill=sharded(functools.partial(_prefill, graph=graph), whole=(1, 2), count=3),
     decode=_Decode(sharded, graph, shape),
@@ -225,9 +228,7 @@ def _start(
   pool = pages_lib.create(arch.layers, shape.pages, arch.kv_heads, shape.page, arch.head_dim, dtype)
   create = functools.partial(growth_lib.create, shape=shape, pool=pool)
   growth = jax.vmap(create)(tokens, length, identity, real)
-  empty = segment_lib.nothing(
-    (shape.groups, shape.group), shape.decoder.segment, shape.followers
-  )
+  empty = segment_lib.nothing((shape.groups, shape.group), shape.decoder.segment, shape.followers)
   return growth, jax.tree.map(lambda x: jnp.broadcast_to(x, (tokens.shape[0], *x.shape)), empty)
 
 
@@ -290,11 +291,9 @@ def _decode(
   )
 
 
-def _finish(growth: Growth, count: int, graph: nnx.GraphDef, params: dict, shape: Settings):
+def _finish(growth: Growth, tree, count: int, graph: nnx.GraphDef, params: dict, shape: Settings):
   """Returns the trees on the host, without padding, and what they cost."""
-  unshard = lambda x: x.reshape(-1, *x.shape[2:])[:count]
-  tree, twin = jax.tree.map(unshard, jax.device_get((growth.tree, growth.paths.twin)))
-  tree = tree_lib.merge(tree, twin)
+  tree = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], jax.device_get(tree))
   counters = jax.tree.map(lambda x: float(np.sum(x)), jax.device_get(growth.counters))
   arch = nnx.merge(graph, params).arch
   per_token = 2 * arch.layers * arch.kv_heads * arch.head_dim * params["embed"].dtype.itemsize

@@ -193,16 +193,14 @@ def _store(growth: Growth, segment: segment_lib.Segment, shape: Settings) -> Gro
   behind = jnp.where(follows, at[0][..., None], b), slots.followers
   twin = segment.agreed == segment.length[..., None]
 
-  def put(old, new, common=None):
-    """Writes a value a row to its node, and to its followers: to twins the same, else `common`."""
-    old = old.at[at].set(new, mode="drop")
-    for_twin = jnp.broadcast_to(new[:, :, None], (*twin.shape, *new.shape[2:]))
-    common = 0 if common is None else common
-    values = jnp.where(twin.reshape(*twin.shape, *[1] * (new.ndim - 2)), for_twin, common)
-    return old.at[behind].set(values.astype(old.dtype), mode="drop")
+  def put(old, new, other: Array | int = 0):
+    """Writes a value a row to its node, and to its followers: to twins the same, else `other`."""
+    is_twin = twin.reshape(*twin.shape, *[1] * (new.ndim - 2))
+    values = jnp.where(is_twin, new[:, :, None], other)
+    return old.at[at].set(new, mode="drop").at[behind].set(values, mode="drop")
 
   tokens = jnp.where(kept, segment.tokens, 0)
-  common = jnp.arange(s) < segment.agreed[..., None]
+  common = jnp.arange(s)[None, None, None] < segment.agreed[..., None]
   tree = dataclasses.replace(
     tree,
     tokens=put(tree.tokens, tokens, jnp.where(common, tokens[:, :, None], 0)),
@@ -268,8 +266,8 @@ def _append(
 ) -> Int[Array, "w"]:
   """Adds the rows that ended in the wave just completed to a tree's leaves, in row order."""
   n = status.shape[0]
-  listed = jnp.zeros(n, bool).at[jnp.where(leaves == tree_lib.NO_ROW, n, leaves)].set(
-    True, mode="drop"
+  listed = (
+    jnp.zeros(n, bool).at[jnp.where(leaves == tree_lib.NO_ROW, n, leaves)].set(True, mode="drop")
   )
   ended = ready & (status >= tree_lib.EOS) & ~listed
   spot = jnp.where(

@@ -8,7 +8,6 @@ Rows are taken in order, so a parent's row is less than its child's.
 import dataclasses
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from treepo_jax import struct
@@ -126,21 +125,22 @@ def finished(tree: Tree) -> Int[Array, "*b"]:
   return (tree.leaves != NO_ROW).sum(-1, dtype=jnp.int32)
 
 
-def merge(tree: Tree, twin: Int[np.ndarray, "b n"]) -> Tree:
-  """Returns the trees with every node that has a twin taken out, its twin in its place (host).
+def merge(tree: Tree, twin: Int[Array, "n"]) -> Tree:
+  """Returns the tree with every node that has a twin taken out, its twin in its place.
 
   What lay below it lies below its twin, and a trajectory that ended there is named by the twin's
   row: `leaves` names a row as often as trajectories ended there. Rows taken out are UNUSED.
+
+  One tree; lift with vmap. twin: NO_ROW where there is none; a twin has no twin itself.
   """
   gone = twin != NO_ROW
-  own = np.arange(twin.shape[1])
-  holder = np.where(gone, twin, own)
-  move = lambda row: np.where(row > 0, np.take_along_axis(holder, np.maximum(row, 0), 1), row)
-  clear = lambda x, none: np.where(gone.reshape(*gone.shape, *[1] * (x.ndim - 2)), none, x)
+  holder = jnp.where(gone, twin, jnp.arange(twin.shape[0], dtype=jnp.int32))
+  move = lambda row: jnp.where(row > 0, holder[jnp.maximum(row, 0)], row)
+  clear = lambda x, none: jnp.where(gone.reshape(-1, *[1] * (x.ndim - 1)), none, x)
   return dataclasses.replace(
     tree,
-    tokens=clear(tree.tokens, 0).astype(np.int32),
-    log_probs=clear(tree.log_probs, 0).astype(np.float32),
+    tokens=clear(tree.tokens, 0),
+    log_probs=clear(tree.log_probs, 0),
     length=clear(tree.length, 0),
     parent=clear(move(tree.parent), NO_PARENT),
     depth=clear(tree.depth, 0),

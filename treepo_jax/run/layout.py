@@ -43,7 +43,8 @@ class Node:
   weight: float
   source: int | None  # row of the trajectory that was cut to grow this one
   depth: int = 0
-  times: int = 0  # how many of the returned trajectories end here
+  order: int | None = None  # place among the returned trajectories, of the first that ends here
+  times: int = 0  # how many of them end here
   path_tokens: int = 0  # from the prompt to its end
   pieces: list[tuple[str, float]] = dataclasses.field(default_factory=list)  # text, log-prob
   children: list["Node"] = dataclasses.field(default_factory=list)
@@ -147,7 +148,8 @@ def _tree(record: dict, text: Callable[[tuple[int, ...]], str]) -> Tree:
       before = parent.tokens or before
     node.pieces = _pieces(before[-1:], node.tokens, node.log_probs, text)
     nodes[node.row] = node
-  for row in record["leaves"]:
+  for order, row in enumerate(record["leaves"]):
+    nodes[row].order = order if nodes[row].order is None else nodes[row].order
     nodes[row].times += 1
   ordered = _depth_first(nodes[0])
   _place(ordered)

@@ -136,7 +136,7 @@ def _legend(span: _Span, whitened: bool) -> str:
   stops = "".join(f"<li>{_badge(stop)}{meaning}</li>" for stop, (_, meaning) in STOPS.items())
   return (
     f'<div class="scale"><span>{ends[0]}</span><i></i><span>{ends[1]}</span><em>{kind}</em></div>'
-    f'<ul>{stops}</ul>'
+    f"<ul>{stops}</ul>"
   )
 
 
