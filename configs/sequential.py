@@ -1,4 +1,4 @@
-"""The baseline: independent answers from the same engine, GRPO's group advantage.
+"""The baseline: independent answers, each decoded by itself, and GRPO's group advantage.
 
 python -m treepo_jax.main --config=configs/sequential.py --workdir=runs/sequential
 
@@ -10,7 +10,7 @@ from treepo_jax import config
 
 
 def get_config():
-  """Returns the defaults with one branch a trajectory from the prompt on."""
+  """Returns the defaults with nothing shared but the prompt."""
   c = config.default()
   c.rollout.initial = c.rollout.initial_max = c.rollout.width
   c.rollout.branching = 1

@@ -45,8 +45,10 @@ def default() -> ml_collections.ConfigDict:
   c.rollout.depth = 5  # d: segments a trajectory at most
   c.rollout.segment = 16  # l: tokens a segment, a multiple of rollout.page
   c.rollout.branching = 2  # b: branches a node; the budget of a prompt grows as b^depth up to w
-  c.rollout.initial = 6  # branches of the prompt itself (least, where initial_max is larger)
-  c.rollout.initial_max = 6  # > initial: drawn a prompt, uniform in initial..initial_max
+  # Branches of the prompt itself. As many as width: answers are independent, and the tree is where
+  # they agree (merge); fewer: TreePO's forced branching and fallback make up the rest.
+  c.rollout.initial = 16
+  c.rollout.initial_max = 16  # > initial: drawn a prompt, uniform in initial..initial_max
   c.rollout.remainder = "spread"  # uneven budget: "spread" over the first nodes | all to the "last"
   c.rollout.fallback = "random"  # "random": cut a finished answer at a segment and regrow | "none"
   c.rollout.merge = True  # siblings that draw the same tokens are decoded and trained once
@@ -99,7 +101,7 @@ def default() -> ml_collections.ConfigDict:
   c.train.trees_every = 10  # steps between written trees; step 0 and the last are always written
 
   c.eval = ml_collections.ConfigDict()
-  c.eval.prompts = 512  # held-out prompts
+  c.eval.prompts = 1024  # held-out prompts
   c.eval.samples = 1  # answers a prompt
   c.eval.every = 5  # steps between evaluations while training; 0: only before and after
   c.eval.temperature = 1.0

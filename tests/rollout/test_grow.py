@@ -309,10 +309,8 @@ def same_trajectories(found: tree_lib.Tree, expected: tree_lib.Tree) -> None:
       assert tree_lib.response(found, b, row) == tree_lib.response(expected, b, other)
       assert found.status[b, row] == expected.status[b, other]
       log_probs, others = (
-        np.concatenate(
-          [tree.log_probs[b, r, : tree.length[b, r]] for r in tree_lib.path(tree, b, i)]
-        )
-        for tree, i in ((found, row), (expected, other))
+        np.concatenate([t.log_probs[b, r, : t.length[b, r]] for r in tree_lib.path(t, b, i)])
+        for t, i in ((found, row), (expected, other))
       )
       np.testing.assert_allclose(log_probs, others, atol=1e-5)
 
