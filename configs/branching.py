@@ -1,4 +1,4 @@
-"""TreePO's forced branching: few branches of the prompt, doubled at segments, fallback for the rest.
+"""TreePO's forced branching: few branches of the prompt, doubled at segments, and fallback.
 
 python -m treepo_jax.main --config=configs/branching.py --workdir=runs/branching
 

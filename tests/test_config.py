@@ -39,7 +39,7 @@ def test_a_misspelt_key_is_refused():
     ("rollout.rows", 255, ("255", "rollout.group")),
     ("rollout.width", 0, ("above 0",)),
     ("rollout.initial", 17, ("17", "rollout.width = 16")),
-    ("rollout.initial_max", 1, ("rollout.initial = 6",)),
+    ("rollout.initial_max", 1, ("rollout.initial = 16",)),
     ("rollout.fallback", "ranom", ("'random'", "'none'")),
     ("advantage.estimator", "ppo", ("'treepo'", "'grpo'")),
     ("learn.row_length", 100, ("144", "rollout.prompt_length")),

@@ -227,3 +227,24 @@ def test_an_empty_prompt_is_refused():
   tree = replace(small_tree(), prompt_length=jnp.asarray([0]))
   with pytest.raises(ValueError, match="prompt has no tokens"):
     packing.pack(tree, np.zeros((1, 4), np.float32), config=settings())
+
+
+@pytest.mark.parametrize("how", ["tree", "path"])
+def test_a_leaf_that_stands_twice_counts_twice(how):
+  tree = toy.random_trees(8)
+  advantage = random_advantage(8, tree)
+  leaves = np.asarray(tree.leaves)
+  twice = np.where(np.arange(leaves.shape[1]) % 2 == 0, leaves, tree_lib.NO_ROW)
+  wide = np.concatenate([leaves, twice], 1)
+  (batch,) = packing.pack(
+    replace(tree, leaves=jnp.asarray(wide)), advantage, config=settings(how=how)
+  )
+  both = [
+    packing.pack(replace(tree, leaves=jnp.asarray(x)), advantage, config=settings(how=how))[0]
+    for x in (leaves, twice)
+  ]
+  for name in ("gain", "cost", "count", "positive", "negative", "tokens_path"):
+    total = sum(np.asarray(getattr(b, name)).sum() for b in both)
+    assert np.asarray(getattr(batch, name)).sum() == pytest.approx(total), name
+  if how == "tree":
+    assert batch.tokens_trained.sum() == both[0].tokens_trained.sum()

@@ -1,5 +1,6 @@
 """Trees as arrays: rows in order, ancestors, attaching, and room for the largest."""
 
+import dataclasses
 import functools
 
 import jax
@@ -87,3 +88,35 @@ def test_paths_and_responses():
     said = [t for r in rows for t in tree.tokens[b, r, : tree.length[b, r]].tolist()]
     assert tree_lib.response(tree, b, leaf) == said and 0 not in said
   assert tree_lib.path(tree, 0, 0) == [] == tree_lib.response(tree, 0, 0)
+
+
+def test_merging_takes_twins_out_and_keeps_every_trajectory():
+  # 3 is the twin of 2, 6 of 5 (below it): 0 - 1, 0 - 2 - (5, 4), 0 - 3 - 6; 4 was grown by cutting 6
+  tree = tree_lib.create(
+    jnp.ones((1, 2), jnp.int32),
+    jnp.array([2]),
+    jnp.array([9], jnp.uint32),
+    width=4,
+    depth=2,
+    segment=1,
+  )
+  tree = jax.tree.map(lambda x: np.array(x[0]), tree)
+  tree.parent[:7] = [-1, 0, 0, 0, 2, 2, 3]
+  tree.tokens[:7, 0] = [0, 11, 12, 12, 14, 15, 15]
+  tree.length[1:7], tree.depth[:7] = 1, [0, 1, 1, 1, 2, 2, 2]
+  inner, ended = tree_lib.INNER, tree_lib.EOS
+  tree.status[:7] = [inner, ended, inner, inner, ended, ended, ended]
+  tree.source[4] = 6
+  tree.leaves[:] = [1, 5, 6, 4]
+  twin = np.full(tree.parent.shape, tree_lib.NO_ROW, np.int32)
+  twin[3], twin[6] = 2, 5
+  tree = dataclasses.replace(jax.tree.map(jnp.asarray, tree), size=jnp.asarray(7, jnp.int32))
+  found = jax.jit(tree_lib.merge)(tree, jnp.asarray(twin))
+  assert found.size == 5
+  assert found.parent.tolist() == [-1, 0, 0, 2, 2, -1, -1, -1, -1]
+  assert found.tokens[:, 0].tolist() == [0, 11, 12, 14, 15, 0, 0, 0, 0]
+  assert found.source.tolist() == [-1, -1, -1, 4, -1, -1, -1, -1, -1]
+  assert found.leaves.tolist() == [1, 4, 4, 3]
+  assert found.status.tolist() == [inner, ended, inner, ended, ended, 0, 0, 0, 0]
+  same = jax.jit(tree_lib.merge)(tree, jnp.full(twin.shape, tree_lib.NO_ROW))
+  jax.tree.map(np.testing.assert_array_equal, same, tree)

@@ -129,23 +129,29 @@ def merge(tree: Tree, twin: Int[Array, "n"]) -> Tree:
   """Returns the tree with every node that has a twin taken out, its twin in its place.
 
   What lay below it lies below its twin, and a trajectory that ended there is named by the twin's
-  row: `leaves` names a row as often as trajectories ended there. Rows taken out are UNUSED.
-
-  One tree; lift with vmap. twin: NO_ROW where there is none; a twin has no twin itself.
+  row: `leaves` names a row as often as trajectories ended there. Rows are numbered anew, in the
+  same order. One tree; lift with vmap. twin: NO_ROW where there is none; it has no twin itself.
   """
   gone = twin != NO_ROW
-  holder = jnp.where(gone, twin, jnp.arange(twin.shape[0], dtype=jnp.int32))
-  move = lambda row: jnp.where(row > 0, holder[jnp.maximum(row, 0)], row)
-  clear = lambda x, none: jnp.where(gone.reshape(-1, *[1] * (x.ndim - 1)), none, x)
+  kept = jnp.argsort(gone, stable=True)  # rows that stay, those not taken, and then the others
+  number = jnp.argsort(kept, stable=True).astype(jnp.int32)
+  number = jnp.where(gone, number[jnp.maximum(twin, 0)], number)
+  move = lambda row: jnp.where(row >= 0, number[jnp.maximum(row, 0)], row)
+
+  def take(x, none):
+    blank = gone.reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.where(blank, none, x)[kept]
+
   return dataclasses.replace(
     tree,
-    tokens=clear(tree.tokens, 0),
-    log_probs=clear(tree.log_probs, 0),
-    length=clear(tree.length, 0),
-    parent=clear(move(tree.parent), NO_PARENT),
-    depth=clear(tree.depth, 0),
-    status=clear(tree.status, UNUSED),
-    source=clear(move(tree.source), NO_ROW),
+    tokens=take(tree.tokens, 0),
+    log_probs=take(tree.log_probs, 0),
+    length=take(tree.length, 0),
+    parent=take(move(tree.parent), NO_PARENT),
+    depth=take(tree.depth, 0),
+    status=take(tree.status, UNUSED),
+    source=take(move(tree.source), NO_ROW),
+    size=tree.size - gone.sum(dtype=jnp.int32),
     leaves=move(tree.leaves),
   )
 

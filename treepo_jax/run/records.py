@@ -39,8 +39,6 @@ def _record(tree: tree_lib.Tree, b: int, reward, advantage, white, prompt, step:
   ended = set(leaves)
   nodes = []
   for row in range(int(tree.size[b])):
-    if tree.status[b, row] == tree_lib.UNUSED:
-      continue  # merged into its twin
     length, leaf = int(tree.length[b, row]), row in ended
     nodes.append(
       {
