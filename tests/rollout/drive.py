@@ -66,9 +66,25 @@ def token(prompt_id: int, row: int, step: int) -> int:
   return (x ^ x >> 15) >> 1
 
 
-def written(prompt_id: int, row: int, length: int, why: str | None) -> list[int]:
-  """Returns the tokens of a segment; one that repeats itself is one token again and again."""
-  return [token(prompt_id, row, 0 if why == "repetition" else i) for i in range(length)]
+def written(
+  prompt_id: int, row: int, length: int, why: str | None, merged: bool = False
+) -> list[int]:
+  """Returns the tokens of a segment; one that repeats itself is one token again and again.
+
+  merged: rows say the same in pairs, and two pairs begin alike.
+  """
+  who = lambda i: row // (4 if i < 2 else 2) if merged else row
+  steps = [0 if why == "repetition" else i for i in range(length)]
+  return [token(prompt_id, who(i), i) for i in steps]
+
+
+def merges(growth: growth_lib.Growth) -> bool:
+  return growth.slots.followers.shape[-1] > 0
+
+
+def in_pairs(script: Script) -> Script:
+  """Returns a script that says the same of rows 2 k and 2 k + 1."""
+  return lambda name, row, depth: script(name, row // 2, depth)
 
 
 def state(prompt_id: int, row: int) -> int:
@@ -141,8 +157,16 @@ def write(growth: growth_lib.Growth, script: Script) -> segment_lib.Segment:
   for at in zip(*np.nonzero(slots.live), strict=True):
     b, row = int(slots.tree[at]), int(slots.node[at])
     name = int(tree.prompt_id[b])
-    length, why = script(name, row, int(tree.depth[b, row]))
-    out.tokens[at][:length] = written(name, row, length, why)
+    depth = int(tree.depth[b, row])
+    length, why = script(name, row, depth)
+    said = written(name, row, length, why, merges(growth))
+    out.tokens[at][:length] = said
+    for f, other in enumerate(slots.followers[at].tolist()):
+      if other != tree_lib.NO_ROW:
+        twin = row // 2 == other // 2
+        also = written(name, other, *script(name, other, depth), merged=True)
+        common = [a == b for a, b in zip(said, also, strict=False)] + [False]
+        out.agreed[at][f] = length if twin else min(common.index(False), length - 1)
     out.log_probs[at][:length] = -np.arange(1, length + 1) - row
     out.length[at] = length
     out.state[at] = state(name, row)
@@ -172,9 +196,12 @@ def check_texts(growth: growth_lib.Growth, b: int, script: Script) -> None:
   for row in range(tree.parent.shape[0]):
     n = int(tree.length[row])
     _, why = script(name, row, int(tree.depth[row])) if n else (0, None)
-    assert tree.tokens[row, :n].tolist() == written(name, row, n, why)
+    assert tree.tokens[row, :n].tolist() == written(name, row, n, why, merges(growth))
     assert not tree.tokens[row, n:].any() and not tree.log_probs[row, n:].any()
-    assert tree.log_probs[row, :n].tolist() == [-i - row for i in range(1, n + 1)]
+    twin = int(growth.paths.twin[b, row])
+    teller = row if twin == tree_lib.NO_ROW else twin
+    assert tree.log_probs[row, :n].tolist() == [-i - teller for i in range(1, n + 1)]
+    assert twin == tree_lib.NO_ROW or (twin < row and twin // 2 == row // 2)
 
 
 def observed(growth: growth_lib.Growth, b: int, branching: int):

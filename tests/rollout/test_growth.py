@@ -109,6 +109,8 @@ SHAPES = {
   "wide": {"branching": 8, "initial": 3, "width": 16, "depth": 2, "group": 1},
   "cut short": {"response_length": 11, "width": 6, "depth": 4, "segment": 4, "page": 4},
   "one segment": {"depth": 1, "width": 5, "initial": 3, "response_length": 3},
+  "merged": {"merge": True, "width": 12, "initial": 4},
+  "merged, few rows": {"merge": True, "width": 12, "initial": 5, "groups": 2, "group": 3},
 }
 
 
@@ -116,8 +118,10 @@ SHAPES = {
 def test_random_scripts_give_the_tree_of_the_oracle(name):
   prompts = 30
   shape = drive.settings(prompts=prompts, **SHAPES[name])
-  growth, trees = drive.against_oracle(shape, [*range(prompts)], drive.hazards(4))
+  script = drive.in_pairs(drive.hazards(4)) if shape.merge else drive.hazards(4)
+  growth, trees = drive.against_oracle(shape, [*range(prompts)], script)
   tree = growth.tree
+  assert (growth.paths.twin != tree_lib.NO_ROW).any() == shape.merge
   finished = (tree.leaves != tree_lib.NO_ROW).sum(1)
   assert growth.done.all() and (finished <= shape.width).all()
   if shape.fallback == "random":

@@ -91,7 +91,7 @@ def test_paths_and_responses():
 
 
 def test_merging_takes_twins_out_and_keeps_every_trajectory():
-  # 3 is the twin of 2, 6 of 5 (below it): 0 - 1, 0 - 2 - (5, 4), 0 - 3 - 6; 4 was grown by cutting 6
+  # 3 is the twin of 2, 6 that of 5: 0 - 1, 0 - 2 - (5, 4), 0 - 3 - 6; 4 grew where 6 was cut
   tree = tree_lib.create(
     jnp.ones((1, 2), jnp.int32),
     jnp.array([2]),
