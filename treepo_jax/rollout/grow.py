@@ -139,7 +139,7 @@ class _Calls:
 
 @functools.cache
 def _compiled(graph: nnx.GraphDef, shape: Settings, mesh: Mesh) -> _Calls:
-  """Returns the three programs of the loop, each jitted over the shards with its state donated."""
+  """Returns the programs of a rollout; those of the loop donate their state, a shard a device."""
 
   def sharded(run, *, whole: tuple[int, ...], count: int):
     """Lifts a one-shard function: arguments in `whole` are on every device, others are split."""
