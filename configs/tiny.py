@@ -2,8 +2,8 @@
 
 python -m treepo_jax.main --config=configs/tiny.py --workdir=runs/tiny
 
-Two CPU cores: about two minutes. Held-out accuracy rises from 50 % to 96 to 97 %, a third of the
-tokens is decoded and trained less than path by path (experiments/README.md, three seeds).
+Two CPU cores: one to two minutes. Held-out accuracy rises from 50 % to about 97 %, with 85 % fewer
+tokens decoded and 77 % fewer trained than path by path (experiments/README.md, three seeds).
 """
 
 from treepo_jax import config
