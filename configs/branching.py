@@ -12,5 +12,5 @@ from treepo_jax import config
 def get_config():
   """Returns the defaults with 6 branches of the prompt, grown to 16 trajectories."""
   c = config.default()
-  c.rollout.initial = c.rollout.initial_max = 6
+  c.rollout.initial = 6
   return c

@@ -12,7 +12,6 @@ from treepo_jax import config
 def get_config():
   """Returns the defaults with nothing shared but the prompt."""
   c = config.default()
-  c.rollout.initial = c.rollout.initial_max = c.rollout.width
   c.rollout.branching = 1
   c.rollout.fallback = "none"
   c.rollout.merge = False

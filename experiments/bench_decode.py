@@ -82,13 +82,12 @@ class Ours:
         page=SEGMENT,
         depth=case.new // SEGMENT,
         width=case.samples,
-        initial=case.samples,
-        initial_max=case.samples,
         branching=1,
         fallback="none",
         prompt_length=case.prompt,
         rows=-(-case.rows // jax.device_count()),
         group=min(case.samples, 4),
+        merge=False,  # every token is decoded, on both sides
         repetition_count=0,
       )
       config.learn.row_length = case.prompt + case.new

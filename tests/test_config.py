@@ -40,6 +40,7 @@ def test_a_misspelt_key_is_refused():
     ("rollout.width", 0, ("above 0",)),
     ("rollout.initial", 17, ("17", "rollout.width = 16")),
     ("rollout.initial_max", 1, ("rollout.initial = 16",)),
+    ("rollout.initial", -1, ("at least 0",)),
     ("rollout.fallback", "ranom", ("'random'", "'none'")),
     ("advantage.estimator", "ppo", ("'treepo'", "'grpo'")),
     ("learn.row_length", 100, ("144", "rollout.prompt_length")),

@@ -45,10 +45,10 @@ def default() -> ml_collections.ConfigDict:
   c.rollout.depth = 5  # d: segments a trajectory at most
   c.rollout.segment = 16  # l: tokens a segment, a multiple of rollout.page
   c.rollout.branching = 2  # b: branches a node; the budget of a prompt grows as b^depth up to w
-  # Branches of the prompt itself. As many as width: answers are independent, and the tree is where
-  # they agree (merge); fewer: TreePO's forced branching and fallback make up the rest.
-  c.rollout.initial = 16
-  c.rollout.initial_max = 16  # > initial: drawn a prompt, uniform in initial..initial_max
+  # Branches of the prompt itself. 0, as many as width: answers are independent, and the tree is
+  # where they agree (merge); fewer: TreePO's forced branching and fallback make up the rest.
+  c.rollout.initial = 0
+  c.rollout.initial_max = 0  # > initial: drawn a prompt, uniform in initial..initial_max
   c.rollout.remainder = "spread"  # uneven budget: "spread" over the first nodes | all to the "last"
   c.rollout.fallback = "random"  # "random": cut a finished answer at a segment and regrow | "none"
   c.rollout.merge = True  # siblings that draw the same tokens are decoded and trained once
@@ -62,7 +62,7 @@ def default() -> ml_collections.ConfigDict:
   )
   c.rollout.page = 8  # tokens a page of the KV cache
   c.rollout.rows = 256  # decode rows a device at most, a multiple of rollout.group
-  c.rollout.group = 4  # rows that read their shared pages together
+  c.rollout.group = 2  # rows that read their shared pages together
   c.rollout.pages = 0  # pages of the pool a device; 0: as many as all its prompts can need
 
   c.reward = ml_collections.ConfigDict()
@@ -161,7 +161,7 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
 
   _positive(
     c,
-    *(f"rollout.{k}" for k in ("prompts", "width", "depth", "segment", "branching", "initial")),
+    *(f"rollout.{k}" for k in ("prompts", "width", "depth", "segment", "branching")),
     *(f"rollout.{k}" for k in ("prompt_length", "temperature", "page", "rows", "group")),
     "rollout.repetition_window",
   )
@@ -176,16 +176,19 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
   _multiple(c, "rollout.rows", "rollout.group")
   _one_of(c, "rollout.remainder", ("spread", "last"))
   _one_of(c, "rollout.fallback", ("random", "none"))
+  for key in ("rollout.initial", "rollout.initial_max"):
+    _at_least(c, key, 0)
   r = c.rollout
   if r.initial > r.width:
     raise UserError(
       f"config.rollout.initial = {r.initial} is above config.rollout.width = {r.width}: "
       "a prompt cannot start with more branches than trajectories"
     )
-  if r.initial_max < r.initial or r.initial_max > r.width:
+  least = r.initial or r.width
+  if r.initial_max and not least <= r.initial_max <= r.width:
     raise UserError(
-      f"config.rollout.initial_max = {r.initial_max}: must lie between rollout.initial = "
-      f"{r.initial} and rollout.width = {r.width}"
+      f"config.rollout.initial_max = {r.initial_max}: must be 0, no draw, or lie between "
+      f"rollout.initial = {least} and rollout.width = {r.width}"
     )
 
   _one_of(c, "advantage.estimator", ("treepo", "grpo"))

@@ -22,6 +22,8 @@ SMALL = (
   "--config.train.trees_every=100",
   "--config.rollout.prompts=3",
   "--config.rollout.width=6",
+  "--config.rollout.initial=3",
+  "--config.rollout.branching=1",
   "--config.rollout.depth=8",
   "--config.rollout.rows=32",
   "--config.eval.prompts=8",
@@ -93,7 +95,7 @@ def test_writes_what_the_contract_names(finished):
     assert m["rollout/trajectories"] == 18
     assert m["rollout/pages_held"] == 0
     assert m["loss/logprob_gap"] <= 1e-4
-    assert m["rollout/kv_bytes_read_per_token"] < m["rollout/kv_bytes_flat_per_token"]
+    assert m["rollout/kv_bytes_read_per_token"] <= m["rollout/kv_bytes_flat_per_token"]
   decoded = sum(m["rollout/tokens_decoded"] for m in steps)
   assert summary["tokens_decoded"] == decoded
 
@@ -111,10 +113,11 @@ def test_every_path_of_the_written_trees_has_the_log_probs_of_transformers(finis
   base = transformers.AutoModelForCausalLM.from_pretrained(config.EMBEDDED_POLICY)
   assert not torch.equal(model.get_input_embeddings().weight, base.get_input_embeddings().weight)
 
-  paths, regrown = 0, 0
+  paths, regrown, merged = 0, 0, 0
   for tree in trees(finished / "trees" / "step_0.jsonl"):  # grown before any update
     nodes = tree["nodes"]
     regrown += len(tree["fallback_of"])
+    merged += len(tree["leaves"]) - len(set(tree["leaves"]))
     assert {n["row"] for n in nodes if n["stop"]} == set(tree["leaves"])
     assert len(tree["leaves"]) == 6  # a leaf stands as often as its answer was drawn
     assert [n["row"] for n in nodes] == [*range(len(nodes))]
@@ -131,7 +134,7 @@ def test_every_path_of_the_written_trees_has_the_log_probs_of_transformers(finis
       again = [float(logits[i - 1, tokens[i]]) for i in range(first, len(tokens))]
       np.testing.assert_allclose(stored, again, atol=1e-3)
       paths += 1
-  assert paths == 18
+  assert paths == 18 and regrown > 0 and merged > 0
 
 
 @pytest.mark.slow
@@ -224,7 +227,7 @@ def test_rollout_and_evaluate_write_their_files(tmp_path):
 
 @pytest.mark.slow
 def test_the_sequential_baseline_shares_nothing(tmp_path):
-  run(tmp_path, "--config.rollout.initial=6", "--config.rollout.initial_max=6", config="sequential")
+  run(tmp_path, "--config.rollout.initial=0", config="sequential")
   for m in figures(tmp_path):
     if "rollout/decode_saving" in m:
       assert m["rollout/decode_saving"] == 0 and m["rollout/fallbacks"] == 0
