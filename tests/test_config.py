@@ -35,6 +35,7 @@ def test_a_misspelt_key_is_refused():
   ("key", "value", "words"),
   [
     ("model.dtype", "float16", ("'float32'", "'bfloat16'")),
+    ("model.remat", "all", ("'none'", "'dots'", "'layer'")),
     ("rollout.segment", 12, ("12", "rollout.page", "16")),
     ("rollout.rows", 255, ("255", "rollout.group")),
     ("rollout.width", 0, ("above 0",)),

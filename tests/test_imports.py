@@ -32,10 +32,12 @@ ORDER = (
   "rollout.schedule",
   "rollout.growth",
   "rollout.grow",
+  "learn.estimators",
   "learn.advantages",
   "learn.packing",
   "learn.losses",
   "learn.optimizer",
+  "learn.lora",
   "learn.update",
   "run.metrics",
   "run.plots",
@@ -54,10 +56,12 @@ ORDER = (
 APART = {
   "tasks": ("model",),  # text only
   "decoding": ("tasks",),  # rows and tokens, not text
+  "learn.estimators": ("model",),
   "learn.advantages": ("model",),  # only learn.update sees both a model and a loss
   "learn.packing": ("model",),
   "learn.losses": ("model",),
   "learn.optimizer": ("model",),
+  "learn.lora": ("model",),
 }
 
 # Heavy or foreign, for tests and peers' comparisons alone.

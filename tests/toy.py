@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from treepo_jax.learn import advantages
 from treepo_jax.rollout import tree as tree_lib
 
 
@@ -85,3 +86,17 @@ def trajectories(tree: tree_lib.Tree) -> list[tuple[int, int, list[int]]]:
         row = int(parent[b, row])
       found.append((b, int(leaf), rows[::-1]))
   return found
+
+
+def along_paths(tree: tree_lib.Tree, at_leaves: np.ndarray) -> advantages.Advantage:
+  """Returns one advantage a trajectory, given at the row of its leaf, along its whole path."""
+  rows = np.zeros((*tree.leaves.shape, tree.parent.shape[1]), np.float32)
+  parent = np.asarray(tree.parent)
+  for b, w in np.argwhere(np.asarray(tree.leaves) != tree_lib.NO_ROW):
+    row = int(tree.leaves[b, w])
+    while row > 0:
+      rows[b, w, row] = 1
+      row = int(parent[b, row])
+  value = np.take_along_axis(np.asarray(at_leaves), np.maximum(tree.leaves, 0), 1)[..., None]
+  value = (value * rows).astype(np.float32)
+  return advantages.Advantage(raw=value, white=value, weight=rows)

@@ -8,6 +8,13 @@ import ml_collections
 EMBEDDED_POLICY = str(Path(__file__).parent / "embedded")
 
 
+ESTIMATORS = (
+  *("treepo", "segment", "spo", "treerl", "treerpo", "tree_grpo", "vineppo"),
+  *("grpo", "dr_grpo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline", "remax"),
+)
+PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
+
+
 class UserError(ValueError):
   """Something the user can mend: the text names the key or file, what it is and what to do."""
 
@@ -24,7 +31,14 @@ def default() -> ml_collections.ConfigDict:
     "float32"  # "float32" | "bfloat16": of weights and activations; losses are float32
   )
   c.model.unroll = True  # decode with the layers unrolled (small models, CPU) or scanned (large)
-  c.model.remat = False  # recompute layers in the backward pass: less memory, a third more time
+  # What the backward pass recomputes: "none" | "dots": all but matrix products | "layer": whole
+  # layers, the least memory, a third more time
+  c.model.remat = "none"
+
+  c.lora = ml_collections.ConfigDict()
+  c.lora.rank = 0  # of low-rank adapters, which are then trained alone; 0: every weight is trained
+  c.lora.alpha = 32.0  # adapters are added times alpha / rank
+  c.lora.targets = PROJECTIONS  # projections that have one
 
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = -1  # devices that hold whole copies; -1: all that are left
@@ -68,21 +82,51 @@ def default() -> ml_collections.ConfigDict:
   c.reward = ml_collections.ConfigDict()
   c.reward.correct = 1.0
   c.reward.wrong = -1.0
+  c.reward.overlong_buffer = 0  # tokens before the longest answer that cost; 0: length is free
+  c.reward.overlong_factor = 1.0  # what the longest answer costs (DAPO's soft overlong punishment)
 
   c.advantage = ml_collections.ConfigDict()
-  c.advantage.estimator = "treepo"  # "treepo" (Eq 5) | "grpo" (Eq 2)
-  c.advantage.aggregate = "average"  # over sub-groups: "average" (Eq 5) | "group_size" (Eq 6)
-  c.advantage.reject = False  # drop sub-groups whose rewards are all equal (Eq 7)
-  c.advantage.repeat = False  # True: count a sub-group at each depth it spans, as published
+  # Trees: "treepo" (Eq 5) | "segment" | "spo" | "treerl" | "treerpo" | "tree_grpo" | "vineppo".
+  # Groups: "grpo" (Eq 2) | "dr_grpo" | "rloo" | "reinforce" | "reinforce_pp" |
+  # "reinforce_pp_baseline" | "remax" (decodes a greedy answer a prompt more). learn/estimators.py
+  c.advantage.estimator = "treepo"
+  # "published": the estimator's own | "none" | "group": over the standard deviation of the prompt's
+  # rewards | "token": whitened over the batch's tokens | "leaf": the same, trajectories weigh alike
+  c.advantage.normalise = "published"
+  c.advantage.aggregate = (
+    "average"  # treepo, over sub-groups: "average" (Eq 5) | "group_size" (Eq 6)
+  )
+  c.advantage.reject = False  # treepo: drop sub-groups whose rewards are all equal (Eq 7)
+  c.advantage.repeat = False  # treepo: count a sub-group at each depth it spans, as published
+  c.advantage.root = True  # treepo: False leaves the prompt's own group out (section 4.2)
+  c.advantage.eta = 0.0  # segment: a parent k segments from the end counts eta^k; 0: wholly
 
   c.learn = ml_collections.ConfigDict()
   c.learn.packing = "tree"  # "tree": each token once | "path": each trajectory by itself
   c.learn.row_length = 512  # tokens a packed row
   c.learn.micro_rows = 4  # rows a micro-batch, a multiple of mesh data * fsdp
   c.learn.minibatches = 1  # optimizer steps a rollout batch; a tree stays whole
+  c.learn.loss = "ppo"  # "ppo" (DAPO, GRPO, TreePO's Eq 1) | "gspo" | "cispo" | "reinforce"
+  # Mean of the loss over "token": all tokens (DAPO) | "sequence": trajectories, of their token
+  # means (GRPO) | "fixed": trajectories, of their sums over the longest length (Dr. GRPO)
+  c.learn.aggregate = "token"
+  # A token of several trajectories stands for "leaf": each of them (the paper) | "once": their mean
+  # | "sum": all of them, with the sum of their advantages
+  c.learn.shared = "leaf"
   c.learn.clip_low = 0.2  # DAPO
   c.learn.clip_high = 0.28  # DAPO clip-higher
-  c.learn.clip_dual = 10.0  # dual clip of negative advantages
+  c.learn.clip_dual = 10.0  # dual clip of negative advantages; 0: none
+  c.learn.entropy_weight = 0.0  # of the entropy bonus
+  c.learn.kl = "none"  # KL to a reference policy: "none" | "k1" | "k2" | "k3"
+  c.learn.kl_in = "loss"  # "loss": by token, in the loss | "reward": k1, taken off the reward
+  c.learn.kl_weight = 0.001
+  c.learn.kl_target = 0.0  # nats a token that kl_weight is steered to; 0: it stays
+  c.learn.reference = "initial"  # "initial": the weights at the start | "average": of the policy's
+  c.learn.average = 0.99  # part of the average that stays at an optimizer step
+  # Truncated importance weight of the trainer's log-probs over the rollout's: "none" | "token" |
+  # "sequence"; old log-probs are then the trainer's
+  c.learn.correction = "none"
+  c.learn.correction_cap = 2.0
 
   c.train = ml_collections.ConfigDict()
   c.train.steps = 50  # rollout batches
@@ -147,6 +191,7 @@ def _value(c, key: str) -> Any:
 def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
   """Returns the config frozen; raises UserError naming a wrong key and what is allowed."""
   _one_of(c, "model.dtype", ("float32", "bfloat16"))
+  _one_of(c, "model.remat", ("none", "dots", "layer"))
   for axis in ("fsdp", "tensor"):
     _positive(c, f"mesh.{axis}")
   if c.mesh.data != -1:
@@ -191,11 +236,11 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
       f"rollout.initial = {least} and rollout.width = {r.width}"
     )
 
-  _one_of(c, "advantage.estimator", ("treepo", "grpo"))
+  _one_of(c, "advantage.estimator", ESTIMATORS)
+  _one_of(c, "advantage.normalise", ("published", "none", "group", "token", "leaf"))
   _one_of(c, "advantage.aggregate", ("average", "group_size"))
-  _one_of(c, "learn.packing", ("tree", "path"))
-  _positive(c, "learn.row_length", "learn.micro_rows", "learn.minibatches", "learn.clip_dual")
-  _positive(c, "learn.clip_low", "learn.clip_high")
+  _at_least(c, "advantage.eta", 0)
+  _check_learn(c)
   longest = r.prompt_length + r.depth * r.segment
   if c.learn.row_length < longest:
     raise UserError(
@@ -208,6 +253,14 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
       f"{r.prompts}: each mini-batch needs a tree"
     )
 
+  _at_least(c, "reward.overlong_buffer", 0)
+  _at_least(c, "reward.overlong_factor", 0)
+  _at_least(c, "lora.rank", 0)
+  _positive(c, "lora.alpha")
+  if not c.lora.targets or not set(c.lora.targets) <= set(PROJECTIONS):
+    raise UserError(
+      f"config.lora.targets = {c.lora.targets}: one or more of {', '.join(PROJECTIONS)}"
+    )
   _positive(c, "train.steps", "train.eps", "train.grad_clip", "train.sampling_rounds", "train.keep")
   _positive(c, "train.checkpoint_every", "train.trees_every")
   for key in ("train.learning_rate", "train.warmup", "train.weight_decay"):
@@ -221,3 +274,36 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
   _at_least(c, "eval.every", 0)
   _one_of(c, "eval.sampling", ("sequential", "tree"))
   return ml_collections.FrozenConfigDict(c)
+
+
+def _check_learn(c: ml_collections.ConfigDict) -> None:
+  """Raises UserError for a wrong key of config.learn, and for a loss that trees cannot pack."""
+  _one_of(c, "learn.packing", ("tree", "path"))
+  _one_of(c, "learn.loss", ("ppo", "gspo", "cispo", "reinforce"))
+  _one_of(c, "learn.aggregate", ("token", "sequence", "fixed"))
+  _one_of(c, "learn.shared", ("leaf", "once", "sum"))
+  _one_of(c, "learn.kl", ("none", "k1", "k2", "k3"))
+  _one_of(c, "learn.kl_in", ("loss", "reward"))
+  _one_of(c, "learn.reference", ("initial", "average"))
+  _one_of(c, "learn.correction", ("none", "token", "sequence"))
+  _positive(c, "learn.row_length", "learn.micro_rows", "learn.minibatches")
+  _positive(c, "learn.clip_low", "learn.clip_high", "learn.correction_cap")
+  for key in ("clip_dual", "entropy_weight", "kl_weight", "kl_target"):
+    _at_least(c, f"learn.{key}", 0)
+  if not 0 <= c.learn.average < 1:
+    raise UserError(f"config.learn.average = {c.learn.average}: must be in [0, 1)")
+  if c.learn.kl_in == "reward" and c.learn.kl not in ("none", "k1"):
+    raise UserError(
+      f"config.learn.kl = {c.learn.kl!r}: a reward can only lose 'k1', the log-ratio itself; set "
+      "config.learn.kl to 'k1' or config.learn.kl_in to 'loss'"
+    )
+  whole = [
+    f"config.learn.{key} = {value!r}"
+    for key, value in (("loss", "gspo"), ("correction", "sequence"))
+    if c.learn[key] == value
+  ]
+  if whole and c.learn.packing == "tree":
+    raise UserError(
+      f"{whole[0]} needs config.learn.packing = 'path': its ratio is of a whole trajectory, so a "
+      "token shared by several has no single one"
+    )

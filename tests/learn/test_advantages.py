@@ -134,6 +134,8 @@ def forest(trajectories, lengths=None):
     size=jnp.full(b, n),
     leaves=jnp.asarray(leaves),
   )
+  # of each trajectory: its tree, its place among the leaves and its row
+  where = [(tree, i, row) for i, (tree, row) in enumerate(where)]
   return tree, tuple(np.transpose(where))
 
 
@@ -141,7 +143,7 @@ def estimate(trajectories, rewards, lengths=None, **switches):
   """Returns raw and whitened advantages in the order of the trajectories."""
   tree, where = forest(trajectories, lengths)
   reward = np.zeros(tree.parent.shape, np.float32)
-  reward[where] = rewards
+  reward[where[0], where[2]] = rewards
   got = advantages.estimate(tree, jnp.asarray(reward), config=settings(**switches))
   return np.asarray(got.raw)[where], np.asarray(got.white)[where]
 
@@ -184,10 +186,15 @@ def test_equals_the_oracle_on_random_forests(switches):
     got = advantages.estimate(tree, jnp.asarray(reward), config=config)
     paths = toy.trajectories(tree)
     keys = ["#".join(map(str, [f"p{b}", *rows])) for b, _, rows in paths]
-    where = tuple(np.transpose([(b, leaf) for b, leaf, _ in paths]))
-    rewards = reward[where].tolist()
+    where = leaves_of(tree)
+    rewards = reward[where[0], where[2]].tolist()
     if switches == "grpo":
-      expected = white = oracle.grpo(keys, rewards)
+      mean = {}
+      for prompt in {key.split("#")[0] for key in keys}:
+        group = [r for k, r in zip(keys, rewards, strict=True) if k.split("#")[0] == prompt]
+        mean[prompt] = sum(group) / len(group) if len(group) > 1 else 0.0
+      expected = [r - mean[k.split("#")[0]] for k, r in zip(keys, rewards, strict=True)]
+      white = oracle.grpo(keys, rewards)
     else:
       aggregate, reject, repeat = switches
       expected = oracle.advantages(keys, rewards, aggregate=aggregate, reject=reject, repeat=repeat)
@@ -195,16 +202,36 @@ def test_equals_the_oracle_on_random_forests(switches):
       white = oracle.whiten(expected, lengths)
     np.testing.assert_allclose(np.asarray(got.raw)[where], expected, atol=1e-6)
     np.testing.assert_allclose(np.asarray(got.white)[where], white, atol=5e-6)
-    elsewhere = np.ones(reward.shape, bool)
-    elsewhere[where] = False
-    assert not np.asarray(got.raw)[elsewhere].any() and not np.asarray(got.white)[elsewhere].any()
+    # One advantage a trajectory, along its path alone.
+    on_path = np.asarray(got.weight) > 0
+    for values in (np.asarray(got.raw), np.asarray(got.white)):
+      assert not values[~on_path].any()
+      leaf = np.zeros(on_path.shape[:2], np.float32)
+      leaf[where[:2]] = values[where]
+      np.testing.assert_array_equal(values, leaf[..., None] * on_path)
+    for (b, _, rows), w in zip(paths, where[1], strict=True):
+      assert np.nonzero(on_path[b, w])[0].tolist() == rows
+
+
+def leaves_of(tree):
+  """Returns tree, place among the leaves and row of every returned trajectory, as three arrays."""
+  owner, place = np.nonzero(np.asarray(tree.leaves) != tree_lib.NO_ROW)
+  return owner, place, np.asarray(tree.leaves)[owner, place]
+
+
+def at_leaves(tree, values):
+  """Returns what trajectories have at their leaves, by the leaf's row."""
+  owner, place, row = leaves_of(tree)
+  rows = np.zeros(tree.parent.shape, np.float32)
+  rows[owner, row] = np.asarray(values)[owner, place, row]
+  return rows
 
 
 def random_raw(seed, reward=None, **switches):
   tree = toy.random_trees(seed)
   reward = toy.random_rewards(seed, tree) if reward is None else reward(tree)
   got = advantages.estimate(tree, jnp.asarray(reward), config=settings(**switches))
-  return tree, np.asarray(reward), np.asarray(got.raw), np.asarray(got.white)
+  return tree, np.asarray(reward), at_leaves(tree, got.raw), at_leaves(tree, got.white)
 
 
 def returned(tree):
@@ -274,18 +301,24 @@ def test_the_order_of_trees_and_of_finishing_does_not_matter():
   moved = jax.tree.map(lambda x: x[order], tree)
   moved = replace(moved, leaves=tree.leaves[order, ::-1])
   got = advantages.estimate(moved, jnp.asarray(reward[order]), config=settings())
-  np.testing.assert_allclose(got.raw, raw[order], atol=1e-6)
-  np.testing.assert_allclose(got.white, white[order], atol=1e-5)
+  np.testing.assert_allclose(at_leaves(moved, got.raw), raw[order], atol=1e-6)
+  np.testing.assert_allclose(at_leaves(moved, got.white), white[order], atol=1e-5)
 
 
 def test_trees_without_trajectories_have_no_advantage():
   tree = toy.random_trees(0)
   tree = replace(tree, leaves=jnp.full_like(tree.leaves, tree_lib.NO_ROW))
-  for estimator in ("treepo", "grpo"):
+  for estimator in config_lib.ESTIMATORS:
     got = advantages.estimate(
-      tree, jnp.ones(tree.parent.shape), config=settings(estimator=estimator)
+      tree, jnp.ones(tree.parent.shape), jnp.ones(4), config=settings(estimator=estimator)
     )
-    assert not np.asarray(got.raw).any() and not np.asarray(got.white).any()
+    for values in (got.raw, got.white, got.weight):
+      assert not np.asarray(values).any()  # and no NaN
+
+
+def test_every_name_has_an_estimator():
+  assert tuple(advantages.ESTIMATORS) == config_lib.ESTIMATORS
+  assert set(advantages.BY_SEGMENT) | set(advantages.SWITCHES) <= set(config_lib.ESTIMATORS)
 
 
 def test_one_compilation_serves_equal_settings():

@@ -40,25 +40,31 @@ def batch_of(old_log_probs, credit):
     count=per_token(len),
     positive=per_token(lambda a: sum(x > 0 for x in a)),
     negative=per_token(lambda a: sum(x < 0 for x in a)),
+    node=zeros,
+    depth=zeros,
+    divisor=jnp.asarray([sum(map(len, credit))], jnp.float32),
     tokens_trained=jnp.zeros(1, jnp.int32),
     tokens_path=jnp.zeros(1, jnp.int32),
   )
 
 
 def policy(log_probs, old_log_probs, credit):
-  return losses.policy(
-    jnp.asarray([log_probs], jnp.float32), batch_of(old_log_probs, credit), config=CONFIG
-  )
+  return ratios(jnp.asarray([log_probs], jnp.float32), batch_of(old_log_probs, credit))
 
 
-def means(ratios):
-  return {name: float(ratio.mean()) for name, ratio in ratios.items()}
+def ratios(log_probs, batch, config=CONFIG, kl_weight=0.0):
+  """Returns the loss's ratios, with the log-probs for entropies: not read but by their bonus."""
+  return losses.policy(log_probs, -log_probs, batch, jnp.float32(kl_weight), config=config)
+
+
+def means(found):
+  return {name: float(ratio.mean()) for name, ratio in found.items()}
 
 
 def gradient(ratio, credit):
   """Returns d loss / d log_prob of one token, divided by the ratio: d loss / d ratio."""
   batch = batch_of([0.0], [credit])
-  total = lambda x: losses.policy(x, batch, config=CONFIG)["loss/policy"].sum
+  total = lambda x: ratios(x, batch)["loss/policy"].sum
   return float(jax.grad(total)(jnp.log(jnp.asarray([[ratio]]))).squeeze()) / ratio
 
 
@@ -115,16 +121,16 @@ def test_gradient_of_a_shared_token_is_the_sum_over_its_trajectories():
 def test_untrained_positions_are_not_read():
   batch = batch_of([0.0, -1.0], [[], [1.0]])
   log_probs = jnp.asarray([[jnp.nan, -1.0]])
-  total = lambda x: losses.policy(x, batch, config=CONFIG)["loss/policy"].sum
+  total = lambda x: ratios(x, batch)["loss/policy"].sum
   np.testing.assert_array_equal(jax.grad(total)(log_probs), [[0, -1]])
-  assert means(losses.policy(log_probs, batch, config=CONFIG))["loss/policy"] == -1
+  assert means(ratios(log_probs, batch))["loss/policy"] == -1
 
 
 @pytest.mark.parametrize("log_prob", [-1e4, 1e4])
 def test_ratios_beyond_float32_have_finite_loss_and_gradient(log_prob):
   for advantage in (1.0, -1.0):
     batch = batch_of([0.0], [[advantage]])
-    total = lambda x, b=batch: losses.policy(x, b, config=CONFIG)["loss/policy"].sum
+    total = lambda x, b=batch: ratios(x, b)["loss/policy"].sum
     value, slope = jax.value_and_grad(total)(jnp.asarray([[log_prob]]))
     assert np.isfinite(value) and slope == 0
 

@@ -67,7 +67,7 @@ def check(batches, tree, advantage, config):
     assert (np.diff(used.astype(int)) <= 0).all()  # empty rows last
     repeated = np.zeros(len(used), int)
     for r, i in np.argwhere(batch.end == 0):  # padding: nobody's, and seen by nobody
-      assert all(x[r, i] == 0 for x in batch.values() if x.ndim == 2)
+      assert all(x[r, i] == 0 for x in batch.values() if x is not None and x.ndim == 2)
     for r, i in np.argwhere(batch.end > 0):
       token = int(batch.tokens[r, i])
       visible = batch.tokens[r, : i + 1][i < batch.end[r, : i + 1]].tolist()
@@ -110,7 +110,9 @@ def test_rows_hold_what_the_trees_say(seed, row_length, micro_rows, minibatches,
   tree = toy.random_trees(seed)
   advantage = random_advantage(seed, tree)
   config = settings(row_length, micro_rows, minibatches, how)
-  check(packing.pack(tree, advantage, config=config), tree, advantage, config)
+  check(
+    packing.pack(tree, toy.along_paths(tree, advantage), config=config), tree, advantage, config
+  )
 
 
 def test_trees_too_long_for_a_row_are_cut_and_repeat_their_ancestors():
@@ -120,7 +122,9 @@ def test_trees_too_long_for_a_row_are_cut_and_repeat_their_ancestors():
     advantage = random_advantage(seed, tree)
     for row_length in (LONGEST, 200):
       config = settings(row_length)
-      context = check(packing.pack(tree, advantage, config=config), tree, advantage, config)
+      context = check(
+        packing.pack(tree, toy.along_paths(tree, advantage), config=config), tree, advantage, config
+      )
       if row_length == LONGEST:
         cut += context
       else:
@@ -131,8 +135,8 @@ def test_trees_too_long_for_a_row_are_cut_and_repeat_their_ancestors():
 def test_a_token_stands_once_in_trees_and_once_a_trajectory_in_paths():
   tree = toy.random_trees(2)
   advantage = random_advantage(2, tree)
-  (once,) = packing.pack(tree, advantage, config=settings(400))
-  (paths,) = packing.pack(tree, advantage, config=settings(400, how="path"))
+  (once,) = packing.pack(tree, toy.along_paths(tree, advantage), config=settings(400))
+  (paths,) = packing.pack(tree, toy.along_paths(tree, advantage), config=settings(400, how="path"))
   length = np.asarray(tree.length)
   assert once.tokens_trained.sum() == length.sum()
   total = sum(length[b, rows].sum() for b, _, rows in toy.trajectories(tree))
@@ -163,7 +167,9 @@ def small_tree():
 
 def test_the_drawing():
   advantage = np.asarray([[0, 0, 0.5, -2]], np.float32)
-  (batch,) = packing.pack(small_tree(), advantage, config=settings(6))
+  (batch,) = packing.pack(
+    small_tree(), toy.along_paths(small_tree(), advantage), config=settings(6)
+  )
   np.testing.assert_array_equal(batch.tokens, [[7, 1, 2, 3, 4, 0]])
   np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 3, 2, 0]])
   np.testing.assert_array_equal(batch.end, [[5, 5, 4, 4, 5, 0]])
@@ -176,7 +182,9 @@ def test_the_drawing():
 
 def test_the_drawing_cut_in_two():
   advantage = np.asarray([[0, 0, 0.5, -2]], np.float32)
-  (batch,) = packing.pack(small_tree(), advantage, config=settings(4))
+  (batch,) = packing.pack(
+    small_tree(), toy.along_paths(small_tree(), advantage), config=settings(4)
+  )
   np.testing.assert_array_equal(batch.tokens, [[7, 1, 2, 3], [7, 1, 4, 0]])
   np.testing.assert_array_equal(batch.end, [[4, 4, 4, 4], [3, 3, 3, 0]])
   np.testing.assert_array_equal(batch.previous, [[0, 0, 1, 2], [0, 0, 1, 0]])
@@ -190,9 +198,14 @@ def test_nodes_that_no_returned_trajectory_passes_are_left_out():
   advantage = random_advantage(4, tree)
   dropped = replace(tree, leaves=tree.leaves.at[:, 0].set(tree_lib.NO_ROW))
   config = settings()
-  check(packing.pack(dropped, advantage, config=config), dropped, advantage, config)
+  check(
+    packing.pack(dropped, toy.along_paths(dropped, advantage), config=config),
+    dropped,
+    advantage,
+    config,
+  )
   none = replace(tree, leaves=jnp.full_like(tree.leaves, tree_lib.NO_ROW))
-  assert packing.pack(none, advantage, config=config) == []
+  assert packing.pack(none, toy.along_paths(none, advantage), config=config) == []
 
 
 def test_first_fit_decreasing():
@@ -205,14 +218,14 @@ def test_trees_are_dealt_whole():
   tree = toy.random_trees(1, trees=5)
   advantage = random_advantage(1, tree)
   config = settings(LONGEST, minibatches=2)
-  batches = packing.pack(tree, advantage, config=config)
+  batches = packing.pack(tree, toy.along_paths(tree, advantage), config=config)
   assert check(batches, tree, advantage, config) > 0  # also where they are cut
   ids = [set(np.asarray(tree.tokens[b]).ravel()) - {0} for b in range(5)]
   for m, batch in enumerate(batches):
     assert set(batch.tokens[batch.count > 0]) == set().union(*ids[m::2])
 
-  none = tree.leaves.at[0].set(tree_lib.NO_ROW)  # takes no turn
-  batches = packing.pack(replace(tree, leaves=none), advantage, config=config)
+  fewer = replace(tree, leaves=tree.leaves.at[0].set(tree_lib.NO_ROW))  # takes no turn
+  batches = packing.pack(fewer, toy.along_paths(fewer, advantage), config=config)
   for m, batch in enumerate(batches):
     assert set(batch.tokens[batch.count > 0]) == set().union(*ids[1 + m :: 2])
 
@@ -220,13 +233,13 @@ def test_trees_are_dealt_whole():
 def test_a_trajectory_longer_than_a_row_names_the_key():
   tree = small_tree()
   with pytest.raises(config_lib.UserError, match=r"learn.row_length = 3 .* 4 tokens"):
-    packing.pack(tree, np.zeros((1, 4), np.float32), config=settings(3))
+    packing.pack(tree, toy.along_paths(tree, np.zeros((1, 4))), config=settings(3))
 
 
 def test_an_empty_prompt_is_refused():
   tree = replace(small_tree(), prompt_length=jnp.asarray([0]))
   with pytest.raises(ValueError, match="prompt has no tokens"):
-    packing.pack(tree, np.zeros((1, 4), np.float32), config=settings())
+    packing.pack(tree, toy.along_paths(tree, np.zeros((1, 4))), config=settings())
 
 
 @pytest.mark.parametrize("how", ["tree", "path"])
@@ -236,13 +249,12 @@ def test_a_leaf_that_stands_twice_counts_twice(how):
   leaves = np.asarray(tree.leaves)
   twice = np.where(np.arange(leaves.shape[1]) % 2 == 0, leaves, tree_lib.NO_ROW)
   wide = np.concatenate([leaves, twice], 1)
-  (batch,) = packing.pack(
-    replace(tree, leaves=jnp.asarray(wide)), advantage, config=settings(how=how)
-  )
-  both = [
-    packing.pack(replace(tree, leaves=jnp.asarray(x)), advantage, config=settings(how=how))[0]
-    for x in (leaves, twice)
-  ]
+
+  def packed(rows):
+    grown = replace(tree, leaves=jnp.asarray(rows))
+    return packing.pack(grown, toy.along_paths(grown, advantage), config=settings(how=how))[0]
+
+  batch, both = packed(wide), [packed(leaves), packed(twice)]
   for name in ("gain", "cost", "count", "positive", "negative", "tokens_path"):
     total = sum(np.asarray(getattr(b, name)).sum() for b in both)
     assert np.asarray(getattr(batch, name)).sum() == pytest.approx(total), name

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from treepo_jax.model import transformer
+from treepo_jax.model import attention, transformer
 
 ARCH = transformer.Architecture(
   family="qwen3",
@@ -71,8 +71,8 @@ def _model(arch: transformer.Architecture = ARCH, dtype=jnp.float32):
 
 
 @functools.cache
-def _hidden(graph, remat: bool = False):
-  return jax.jit(functools.partial(transformer.hidden, graph, remat=remat))
+def _hidden(graph):
+  return jax.jit(functools.partial(transformer.hidden, graph))
 
 
 def _paths(graph, params, paths: list[list[int]]) -> np.ndarray:
@@ -84,9 +84,16 @@ def _paths(graph, params, paths: list[list[int]]) -> np.ndarray:
   return np.asarray(_hidden(graph)(params, tokens, positions, end))
 
 
-def test_packed_trees_are_their_paths():
+@pytest.fixture(params=[64, 4], ids=["dense", "blocks"])
+def block(request, monkeypatch) -> int:
+  """Tokens above which rows attend block by block: none of the rows here does, or all of them."""
+  monkeypatch.setattr(attention, "BLOCK", request.param)
+  return request.param
+
+
+def test_packed_trees_are_their_paths(block):
   graph, params = _model()
-  packed = np.asarray(_hidden(graph)(params, *_packed()))
+  packed = np.asarray(jax.jit(functools.partial(transformer.hidden, graph))(params, *_packed()))
   tokens = _packed()[0]
   paths = [_path(*leaf) for leaf in LEAVES]
   alone = _paths(
@@ -100,32 +107,43 @@ def test_packed_trees_are_their_paths():
 
 
 @functools.cache
-def _gradient(remat: bool):
-  """Returns (params, row, token) -> sum of that token's hidden state, and its gradient."""
+def _gradient(remat: str, block: int):
+  """Returns (params, row, token) -> log-prob that the token gives to id 0, and its gradient."""
+  assert block == attention.BLOCK
   graph, _ = _model()
 
   def out(params, row, token):
-    return transformer.hidden(graph, params, *_packed(), remat=remat)[row, token].sum()
+    hidden = transformer.hidden(graph, params, *_packed(), remat=remat)[row, token]
+    return transformer.log_probs(graph, params, hidden, jnp.int32(0))[0]
 
   return jax.jit(jax.value_and_grad(out))
 
 
 @pytest.mark.parametrize(("row", "token"), [(0, 5), (0, 8), (0, 10), (1, 8)])
-def test_only_ancestors_move_a_token(row, token):
+def test_only_ancestors_move_a_token(row, token, block):
   _, params = _model()
-  _, gradient = _gradient(remat=False)(params, row, token)
+  _, gradient = _gradient("none", block)(params, row, token)
   moved = np.abs(gradient["embed"]).sum(-1)  # every token of the batch is another one
   path = {int(_packed()[0][row, i]) for i in _path(row, token)}
   assert {int(i) for i in np.flatnonzero(moved)} == path
 
 
-def test_remat_changes_nothing():
+@pytest.mark.parametrize("remat", transformer.KEEP)
+def test_remat_changes_nothing(remat, block):
   _, params = _model()
-  plain, remat = (_gradient(x)(params, 0, 7) for x in (False, True))
-  chex.assert_trees_all_close(remat, plain, rtol=1e-4, atol=1e-5)
+  plain, found = (_gradient(x, block)(params, 0, 7) for x in ("none", remat))
+  chex.assert_trees_all_close(found, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_float32_multiplies_in_float32_on_every_backend():
+@pytest.mark.parametrize(("remat", "passes"), [("none", 2), ("dots", 2), ("layer", 3)])
+def test_only_whole_layers_attend_anew(remat, passes, monkeypatch):
+  monkeypatch.setattr(attention, "BLOCK", 4)
+  lowered = _gradient(remat, 4).lower(_model()[1], 0, 7).as_text()
+  # Over the tiles, forward and backward and what is done anew; over the layers, there and back.
+  assert lowered.count("stablehlo.while") == passes + 2
+
+
+def test_float32_multiplies_in_float32_on_every_backend(block):
   graph, params = _model()
 
   def loss(params, targets):
@@ -186,7 +204,7 @@ def _context(graph, params):
       visible[group, row, part] = True
     paths.append([tokens[group, visible[group, row]].tolist() for row in range(3)])
   model = nnx.merge(graph, params)
-  cache = jax.jit(functools.partial(model.packed, remat=False))(tokens, positions, end)[1]
+  cache = jax.jit(functools.partial(model.packed, remat="none"))(tokens, positions, end)[1]
   key, value = (jnp.swapaxes(x, 2, 3) for x in cache)  # [N, G, C, K, D] -> [N, G, K, C, D]
   key = jnp.swapaxes(key, -1, -2)
   fields = {"key": key, "value": value, "visible": jnp.asarray(visible)}

@@ -60,7 +60,7 @@ def test_every_written_step_is_correct(style):
       left, right = step.split(" = ")
       assert evaluate(left) == int(right), text
     assert last == f"Answer: \\boxed{{{problem.answer}}}"
-    assert rewards.score([text], [problem.answer]) == 1
+    assert rewards.grade([text], [problem.answer]).correct.all()
     written = {
       "careful": (problem.level, problem.level),
       "short": (1, problem.level - 1),

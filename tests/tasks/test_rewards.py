@@ -1,11 +1,13 @@
 """The strict reward: last complete box, numbers by value, errors counted."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.tasks import shared
+from treepo_jax import config as config_lib
 from treepo_jax.tasks import rewards
 
 
@@ -38,11 +40,27 @@ def test_grades(text, gold, correct):
   assert rewards.grade([text], [gold]).correct.tolist() == [correct]
 
 
-def test_scores_are_plus_and_minus_one():
-  scores = rewards.score([r"\boxed{1}", r"\boxed{2}", ""], ["1", "1", "1"])
+def score(right, tokens, longest, **reward):
+  c: Any = config_lib.default()
+  c.reward.update(reward)
+  scores = rewards.score(np.array(right), np.array(tokens), longest=longest, config=c)
   assert scores.dtype == np.float32
-  assert scores.tolist() == [1, -1, -1]
-  assert rewards.score([r"\boxed{1}", ""], ["1", "1"], correct=2.0, wrong=0.0).tolist() == [2, 0]
+  return scores.tolist()
+
+
+def test_scores_are_plus_and_minus_one():
+  assert score([True, False], [9, 9], 9) == [1, -1]
+  assert score([True, False], [9, 9], 9, correct=2.0, wrong=0.0) == [2, 0]
+
+
+def test_the_last_tokens_before_the_longest_answer_cost():
+  """The published numbers: a buffer of 512 before 7168 tokens, factor 1."""
+  tokens = [1, 6656, 6657, 6912, 7168]
+  cost = [0, 0, -0.001953125, -0.5, -1]
+  assert score([False] * 5, tokens, 7168, overlong_buffer=512) == [-1 + c for c in cost]
+  assert score([True] * 5, tokens, 7168, overlong_buffer=512, overlong_factor=0.5) == [
+    1 + c / 2 for c in cost
+  ]
 
 
 def test_an_empty_gold_is_an_error_and_never_right():

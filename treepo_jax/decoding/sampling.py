@@ -38,6 +38,8 @@ def draw(
 ) -> tuple[Int[Array, ""], Bool[Array, "r"]]:
   """Returns a token drawn from softmax(logits / temperature), and which `others` draw the same.
 
+  Temperature 0 is greedy: the likeliest token, the first of equals.
+
   Inverts the cumulative distribution: one uniform number a token instead of one a vocabulary
   entry (Gumbel's way). The inverse is taken in two levels, blocks and then tokens of the block, so
   that the full cumulative sum is never formed. Tokens from `vocabulary` on (padding of the
@@ -47,8 +49,13 @@ def draw(
   where its number lies in the token's share of the unit interval, so no second draw is made.
   """
   size = logits.shape[0]
-  scaled = jnp.where(jnp.arange(size) < vocabulary, logits / temperature, -jnp.inf)
-  weight = jnp.exp(scaled - scaled.max())
+  index = jnp.arange(size)
+  if temperature:
+    scaled = jnp.where(index < vocabulary, logits / temperature, -jnp.inf)
+    weight = jnp.exp(scaled - scaled.max())
+  else:
+    best = jnp.argmax(jnp.where(index < vocabulary, logits, -jnp.inf))
+    weight = (index == best).astype(logits.dtype)
   weight = jnp.pad(weight, (0, -size % BLOCK)).reshape(-1, BLOCK)
   mass = weight.sum(-1)
   upto = jnp.cumsum(mass)

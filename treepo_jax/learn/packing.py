@@ -2,7 +2,7 @@
 
 A row holds trees in depth-first order, so that what a token may see is an interval: token i sees
 token j iff j <= i < end[j]. Each sampled token stands once and carries the sums over the
-trajectories through it, which is all that the clipped loss needs of them (see losses.policy):
+trajectories through it, which is all that a loss by tokens needs of them (see losses.policy):
 
     tree        row      p  a  b  c  d      p: prompt, trajectories a-b-c and a-d
     p - a - b - c   end  5  5  4  4  5
@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 
 from treepo_jax import struct
 from treepo_jax.config import UserError
+from treepo_jax.learn.advantages import Advantage
 from treepo_jax.rollout import tree as tree_lib
 
 
@@ -34,14 +35,21 @@ class Batch:
     positions: position of the token on its path, the prompt's first token at 0.
     end: one past the last token of the row that sees this one; 0 for padding, which nobody sees.
     previous: column of the token whose hidden state predicts this one; 0 where count is 0.
-    old_log_probs: log-prob under the policy that sampled the token.
-    gain: sum of the positive advantages of the trajectories through the token.
+    old_log_probs: log-prob under the policy that sampled the token; once rescored, under the
+      trainer's before its first step.
+    gain: sum of the positive advantages of the trajectories through the token, by their weights.
     cost: sum of their negative advantages, at most 0.
-    count: number of trajectories through the token; 0 for prompts, padding and repeated context.
-    positive: how many of them have a positive advantage.
-    negative: how many of them have a negative advantage.
+    count: sum of their weights, the number of trajectories where each weighs 1; 0 for prompts,
+      padding and repeated context.
+    positive: as count, of those with a positive advantage.
+    negative: as count, of those with a negative advantage.
+    node: index of the token's node, tree * N + row; 0 where count is 0.
+    depth: segments from the prompt to the token's, 1 for the first; 0 where count is 0.
+    divisor: what the row adds to the loss's denominator, by config.learn.aggregate.
     tokens_trained: sampled tokens of the row, repeated context included.
     tokens_path: sampled tokens that the same trajectories would hold one by one.
+    rollout_log_probs: where old_log_probs are rescored, those of the policy that sampled.
+    reference_log_probs: under the reference policy, where the loss asks for it.
   """
 
   tokens: Int[Any, "*k r l"]
@@ -54,8 +62,17 @@ class Batch:
   count: Float[Any, "*k r l"]
   positive: Float[Any, "*k r l"]
   negative: Float[Any, "*k r l"]
+  node: Int[Any, "*k r l"]
+  depth: Int[Any, "*k r l"]
+  divisor: Float[Any, "*k r"]
   tokens_trained: Int[Any, "*k r"]
   tokens_path: Int[Any, "*k r"]
+  rollout_log_probs: Float[Any, "*k r l"] | None = None
+  reference_log_probs: Float[Any, "*k r l"] | None = None
+
+
+# Columns of credit: sums over trajectories, and what leaves add to the loss's denominator.
+GAIN, COST, COUNT, POSITIVE, NEGATIVE, TIMES, DIVISOR = range(7)
 
 
 class _Layout(NamedTuple):
@@ -66,7 +83,7 @@ class _Layout(NamedTuple):
   start: np.ndarray  # [B, N] tokens before the node in depth-first order
   stop: np.ndarray  # [B, N] one past the last token below the node
   offset: np.ndarray  # [B, N] tokens before the node on its path
-  credit: np.ndarray  # [B, N, 5] gain, cost, count, positive, negative
+  credit: np.ndarray  # [B, N, 7]: the columns above
 
 
 class _Pieces(NamedTuple):
@@ -85,10 +102,10 @@ class _Spans(NamedTuple):
   stop: np.ndarray  # [M] column one past the last token that sees the node
   previous: np.ndarray  # [M] column of the token that precedes the first on its path
   position: np.ndarray  # [M] tokens that precede the first on its path
-  credit: np.ndarray  # [M, 5], 0 for prompts and repeated context
+  credit: np.ndarray  # [M, 7], 0 for prompts and repeated context
 
 
-def pack(tree: tree_lib.Tree, advantage: Float[Any, "b n"], *, config) -> list[Batch]:
+def pack(tree: tree_lib.Tree, advantage: Advantage, *, config) -> list[Batch]:
   """Returns the batches of one optimizer step each, at most config.learn.minibatches of them.
 
   Trees are dealt to the batches in turn and stay whole there; those without a returned trajectory
@@ -97,20 +114,21 @@ def pack(tree: tree_lib.Tree, advantage: Float[Any, "b n"], *, config) -> list[B
 
   Args:
     tree: grown trees; nodes that no returned trajectory passes are left out.
-    advantage: of each returned trajectory at the row of its leaf.
+    advantage: of the same trees, in their order.
     config: learn.packing "tree" places each token once; a tree longer than a row is cut into runs
       of trajectories that repeat their ancestors as context. "path" places every trajectory by
-      itself, with its own copy of the prompt.
+      itself, with its own copy of the prompt. learn.aggregate and learn.shared say what a
+      trajectory's and a shared token's part in the loss is (see `_credit`).
 
   Raises:
     UserError: if one trajectory with its prompt is longer than config.learn.row_length.
   """
   settings = config.learn
   tree, advantage = jax.tree.map(np.asarray, (tree, advantage))
-  layout = _layout(tree, advantage)
+  layout = _layout(tree, _credit(tree, advantage, config))
   _check(tree, layout, settings.row_length)
   if settings.packing == "path":
-    pieces, nodes = _paths(tree, layout, advantage)
+    pieces, nodes = _paths(tree, layout, advantage, config)
   else:
     pieces, nodes = _trees(tree, layout, settings.row_length)
   none = np.zeros_like(pieces.tree)
@@ -121,27 +139,71 @@ def pack(tree: tree_lib.Tree, advantage: Float[Any, "b n"], *, config) -> list[B
     stop=pieces.length,
     previous=none,
     position=none,
-    credit=np.zeros((none.size, 5)),
+    credit=np.zeros((none.size, DIVISOR + 1)),
   )
   spans = _Spans(*(np.concatenate(pair) for pair in zip(prompts, nodes, strict=True)))
   dealt = np.unique(pieces.tree, return_inverse=True)[1] % settings.minibatches
   return [_fill(tree, pieces, spans, dealt == m, config) for m in np.unique(dealt)]
 
 
-def _layout(tree: tree_lib.Tree, advantage: np.ndarray) -> _Layout:
-  """Sums credit up the trees and lays their nodes out, row by row over all trees at once."""
+def _credit(tree: tree_lib.Tree, advantage: Advantage, config) -> np.ndarray:
+  """Returns what each node carries into the loss, [B, N, 7]: sums over the trajectories through it.
+
+  A trajectory of T tokens and weight w counts w a token and adds to the denominator w T
+  (learn.aggregate = "token": the mean over tokens), w / T a token and w ("sequence": over
+  trajectories, of their token means), or w a token and w L ("fixed": L the longest answer there
+  can be, Dr. GRPO). A token of several trajectories stands for each of them with its own advantage
+  (learn.shared = "leaf", as the paper trains), for their mean ("once": all that is summed is
+  divided by their number), or for all with the sum of their advantages ("sum").
+  """
+  credit = np.zeros((*tree.parent.shape, DIVISOR + 1))
+  for w in range(tree.leaves.shape[1]):
+    credit += _trajectories(tree, advantage, w, config)
+  return _share(credit, config)
+
+
+def _trajectories(tree: tree_lib.Tree, advantage: Advantage, w: int, config) -> np.ndarray:
+  """Returns what trajectory w of each tree brings to the nodes on its path, [B, N, 7]."""
+  every, leaf = np.arange(tree.leaves.shape[0]), tree.leaves[:, w]
+  here = leaf != tree_lib.NO_ROW
+  on_path = here[:, None] & (advantage.weight[:, w] > 0)
+  tokens = (on_path * tree.length).sum(1)
+  weight = advantage.weight[:, w].max(1)
+  part = weight / np.maximum(tokens, 1) if config.learn.aggregate == "sequence" else weight
+  part, value = on_path * part[:, None], advantage.white[:, w]
+  own = part * value
+  credit = np.zeros((*on_path.shape, DIVISOR + 1))
+  credit[..., GAIN], credit[..., COST] = np.maximum(own, 0), np.minimum(own, 0)
+  credit[..., COUNT], credit[..., TIMES] = part, on_path
+  credit[..., POSITIVE], credit[..., NEGATIVE] = part * (value > 0), part * (value < 0)
+  r = config.rollout
+  longest = r.response_length or r.depth * r.segment
+  length = {"token": tokens, "sequence": 1, "fixed": longest}[config.learn.aggregate]
+  credit[every[here], leaf[here], DIVISOR] = (weight * length)[here]
+  return credit
+
+
+def _share(credit: np.ndarray, config) -> np.ndarray:
+  """Applies learn.shared to the sums over the trajectories through a token."""
+  if config.learn.shared == "leaf":
+    return credit
+  credit, times = credit.copy(), np.maximum(credit[..., TIMES], 1)
+  if config.learn.shared == "once":
+    credit[..., :TIMES] /= times[..., None]
+    return credit
+  total = credit[..., GAIN] + credit[..., COST]
+  credit[..., GAIN], credit[..., COST] = np.maximum(total, 0), np.minimum(total, 0)
+  credit[..., POSITIVE] = credit[..., COUNT] * (total > 0)
+  credit[..., NEGATIVE] = credit[..., COUNT] * (total < 0)
+  return credit
+
+
+def _layout(tree: tree_lib.Tree, credit: np.ndarray) -> _Layout:
+  """Lays the nodes of all trees out in depth-first order, row by row over all trees at once."""
   b, n = tree.parent.shape
   every, taken = np.arange(b), int(tree.size.max(initial=1))
   parent = np.maximum(tree.parent, 0)
-
-  credit = np.zeros((b, n, 5))
-  owner, slot = np.nonzero(tree.leaves != tree_lib.NO_ROW)
-  leaf = np.asarray(tree.leaves)[owner, slot]
-  np.add.at(credit, (owner, leaf), _credit(advantage[owner, leaf]))  # a leaf may stand repeatedly
-  for i in range(taken - 1, 0, -1):  # a parent's row is less than its child's
-    credit[every, parent[:, i]] += credit[:, i]
-
-  length = np.where(credit[..., 2] > 0, tree.length, 0).astype(np.int64)
+  length = np.where(credit[..., TIMES] > 0, tree.length, 0).astype(np.int64)
   below = length.copy()
   for i in range(taken - 1, 0, -1):
     below[every, parent[:, i]] += below[:, i]
@@ -153,12 +215,6 @@ def _layout(tree: tree_lib.Tree, advantage: np.ndarray) -> _Layout:
     free[every, up] += below[:, i]
     offset[:, i] = offset[every, up] + length[every, up]
   return _Layout(parent, length, start, start + below, offset, credit)
-
-
-def _credit(advantage: np.ndarray) -> np.ndarray:
-  """Returns gain, cost, count, positive and negative of single trajectories, [..., 5]."""
-  gain, cost = np.maximum(advantage, 0), np.minimum(advantage, 0)
-  return np.stack([gain, cost, np.ones_like(gain), gain > 0, cost < 0], axis=-1)
 
 
 def _check(tree: tree_lib.Tree, layout: _Layout, row_length: int) -> None:
@@ -193,7 +249,7 @@ def _trees(tree: tree_lib.Tree, layout: _Layout, row_length: int) -> tuple[_Piec
   ahead = layout.start[run_tree[above_run], above] < first[above_run]
   run = np.concatenate([run, above_run[ahead]])
   node = np.concatenate([node, above[ahead]])
-  credit = np.concatenate([credit, np.zeros((ahead.sum(), 5))])
+  credit = np.concatenate([credit, np.zeros((ahead.sum(), DIVISOR + 1))])
 
   owner = run_tree[run]
   start, position = layout.start[owner, node], prompt[owner] + layout.offset[owner, node]
@@ -239,12 +295,13 @@ def _runs(tree: tree_lib.Tree, layout: _Layout, row_length: int) -> np.ndarray:
   return np.asarray(runs, np.int64).reshape(-1, 5).T
 
 
-def _paths(tree: tree_lib.Tree, layout: _Layout, advantage: np.ndarray) -> tuple[_Pieces, _Spans]:
+def _paths(
+  tree: tree_lib.Tree, layout: _Layout, advantage: Advantage, config
+) -> tuple[_Pieces, _Spans]:
   """Places every trajectory by itself, with its own copy of the prompt."""
-  owner, slot = np.nonzero(tree.leaves != tree_lib.NO_ROW)
+  owner, slot = np.nonzero(advantage.weight.max(2) > 0)
   leaf = np.asarray(tree.leaves)[owner, slot]
   tokens = layout.offset[owner, leaf] + layout.length[owner, leaf]
-  owner, leaf, tokens = owner[tokens > 0], leaf[tokens > 0], tokens[tokens > 0]
   prompt = np.asarray(tree.prompt_length)[owner]
   piece, node = _climb(layout, owner, leaf)
   at = prompt[piece] + layout.offset[owner[piece], node]
@@ -255,9 +312,27 @@ def _paths(tree: tree_lib.Tree, layout: _Layout, advantage: np.ndarray) -> tuple
     stop=(prompt + tokens)[piece],
     previous=at - 1,
     position=at,
-    credit=_credit(advantage[owner, leaf])[piece],
+    credit=_own(tree, layout, advantage, (owner[piece], slot[piece], node), config),
   )
   return _Pieces(tree=owner, length=prompt + tokens), spans
+
+
+def _own(
+  tree: tree_lib.Tree, layout: _Layout, advantage: Advantage, place: tuple, config
+) -> np.ndarray:
+  """Returns what a trajectory's copy of a node carries, [M, 7]; all copies together, the node's.
+
+  place: tree, trajectory and node of each, [M].
+  """
+  owner, slot, node = place
+  own = np.zeros((owner.size, DIVISOR + 1))
+  for w in range(tree.leaves.shape[1]):
+    here = slot == w
+    own[here] = _trajectories(tree, advantage, w, config)[owner[here], node[here]]
+  if config.learn.shared != "leaf":
+    total = layout.credit[owner, node]
+    own[:, :TIMES] = total[:, :TIMES] / np.maximum(total[:, TIMES:DIVISOR], 1)
+  return own
 
 
 def _climb(layout: _Layout, owner: np.ndarray, leaf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -309,12 +384,15 @@ def _fill(tree: tree_lib.Tree, pieces: _Pieces, spans: _Spans, chosen: np.ndarra
     return np.repeat(value, size)
 
   index = np.arange(size.sum()) - repeat(np.cumsum(size) - size)  # within the span
-  credited = repeat(spans.credit[:, 2] > 0)
+  credited = repeat(spans.credit[:, COUNT] > 0)
   previous = np.where(index == 0, repeat(spans.previous), repeat(spans.at - 1) + index)
   tokens, log_probs = _contents(tree, owner, spans.node, size)
   gain, cost, count, positive, negative = (
-    write(np.float32, repeat(values)) for values in spans.credit.T
+    write(np.float32, repeat(values)) for values in spans.credit[:, :TIMES].T
   )
+  nodes = tree.parent.shape[1]
+  whole = settings.aggregate != "token" or settings.shared == "leaf"
+  added = spans.credit[:, DIVISOR] if whole else size * spans.credit[:, COUNT]
   return Batch(
     tokens=write(np.int32, tokens),
     positions=write(np.int32, repeat(spans.position) + index),
@@ -326,8 +404,11 @@ def _fill(tree: tree_lib.Tree, pieces: _Pieces, spans: _Spans, chosen: np.ndarra
     count=count,
     positive=positive,
     negative=negative,
+    node=write(np.int32, credited * repeat(owner * nodes + spans.node)),
+    depth=write(np.int32, credited * repeat(tree.depth[owner, spans.node])),
+    divisor=np.bincount(row, added, rows).astype(np.float32),
     tokens_trained=np.bincount(row, size * ~prompt, rows).astype(np.int32),
-    tokens_path=np.bincount(row, size * spans.credit[:, 2], rows).astype(np.int32),
+    tokens_path=np.bincount(row, size * spans.credit[:, TIMES], rows).astype(np.int32),
   )
 
 

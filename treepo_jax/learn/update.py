@@ -6,6 +6,7 @@ row, D model width.
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from treepo_jax import struct
 from treepo_jax.config import UserError
-from treepo_jax.learn import losses, optimizer
+from treepo_jax.learn import lora, losses, optimizer
 from treepo_jax.learn.losses import Ratio
 from treepo_jax.learn.packing import Batch
 from treepo_jax.model import mesh as mesh_lib
@@ -37,14 +38,21 @@ class State:
 
   Attributes:
     step: rollout batches trained on.
-    params: weights in float32 whatever config.model.dtype: in bfloat16 a weight would lose every
-      update below about 1/256 of itself, which is nearly all of them.
+    params: what is trained: the weights, or with config.lora.rank their adapters; in float32
+      whatever config.model.dtype: in bfloat16 a weight would lose every update below about 1/256 of
+      itself, which is nearly all of them.
     opt_state: of optimizer.create.
+    kl_weight: weight of the KL to the reference, moved by config.learn.kl_target.
+    base: the weights beneath adapters, in config.model.dtype.
+    reference: weights of the reference policy, where one is asked for and it is not `base`.
   """
 
   step: Int[Array, ""]
   params: Any
   opt_state: Any
+  kl_weight: Float[Array, ""]
+  base: Any = None
+  reference: Any = None
 
 
 def create(params: Any, config, mesh: Mesh) -> State:
@@ -60,10 +68,27 @@ def create(params: Any, config, mesh: Mesh) -> State:
       f"(mesh.data x mesh.fsdp): set it to a multiple, for example {-(-rows // shards) * shards}"
     )
 
+  settings, kept = config.learn, config.learn.kl != "none"
+
   def init(params):
-    params = cast(params, jnp.float32)
-    opt_state = optimizer.create(config).init(params)
-    return State(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
+    whole, base, reference = cast(params, jnp.float32), None, None
+    trained = whole
+    if config.lora.rank:
+      key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(b"lora"))
+      base = cast(params, config.model.dtype)
+      trained = lora.create(whole, key, rank=config.lora.rank, targets=config.lora.targets)
+    if kept and settings.reference == "average":
+      reference = whole
+    elif kept and base is None:
+      reference = cast(params, config.model.dtype)
+    return State(
+      step=jnp.zeros((), jnp.int32),
+      params=trained,
+      opt_state=optimizer.create(config).init(trained),
+      kl_weight=jnp.float32(settings.kl_weight),
+      base=base,
+      reference=reference,
+    )
 
   layout = mesh_lib.shardings(jax.eval_shape(init, params), mesh)
   return jax.jit(init, out_shardings=layout)(params)
@@ -74,10 +99,18 @@ def cast(params: Any, dtype) -> Any:
   return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
+def weights(state: State, config) -> Any:
+  """Returns the policy's whole weights in config.model.dtype, adapters added."""
+  return _whole(state.params, state.base, config)
+
+
 def step(
   state: State, batches: Sequence[Batch], *, graph: nnx.GraphDef, config, mesh: Mesh
 ) -> tuple[State, Metrics]:
   """Takes one optimizer step for each batch of a rollout; `state` is donated.
+
+  All batches are scored before the first step, where the loss asks for the log-probs of the
+  trainer (learn.correction) or of the reference (learn.kl).
 
   Args:
     state: of `create`, or of an earlier step.
@@ -92,9 +125,12 @@ def step(
     whose gradient is not finite changes no weight, counts in update/skipped and in no mean.
   """
   optimize = program(state, graph=graph, config=config, mesh=mesh)
+  placed = [place(batch, config, mesh) for batch in batches]
+  if config.learn.kl != "none" or config.learn.correction != "none":
+    placed = [_scored(state, batch, graph=graph, config=config) for batch in placed]
   measured = []
-  for batch in batches:
-    state, measurement = optimize(state, place(batch, config, mesh))
+  for batch in placed:
+    state, measurement = optimize(state, batch)
     measured.append(measurement)
   return dataclasses.replace(state, step=_next(state.step)), _summary(measured)
 
@@ -109,6 +145,43 @@ def place(batch: Batch, config, mesh: Mesh) -> Batch:
 
   with jax.transfer_guard_host_to_device("allow"):  # make_array_from_callback counts as implicit
     return jax.tree.map(put, batch)
+
+
+def divergence(
+  state: State, batches: Sequence[Batch], nodes: int, *, graph: nnx.GraphDef, config, mesh: Mesh
+) -> Float[Array, "m"]:
+  """Returns the sum of log(policy / reference) over each node's tokens: k1, for rewards.
+
+  nodes: M, more than the largest Batch.node.
+  """
+  total = jnp.zeros(nodes)
+  for batch in batches:
+    placed = _scored(state, place(batch, config, mesh), graph=graph, config=config)
+    total = _add_divergence(total, placed)
+  return total
+
+
+@jax.jit
+def _add_divergence(total: Float[Array, "m"], batch: Batch) -> Float[Array, "m"]:
+  difference = batch.old_log_probs - batch.reference_log_probs
+  return total.at[batch.node].add(jnp.where(batch.count > 0, difference, 0))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "config"))
+def _scored(state: State, batch: Batch, *, graph: nnx.GraphDef, config) -> Batch:
+  """Returns the batch with the log-probs that the loss compares with."""
+
+  def score(params: Any) -> Float[Array, "k r l"]:
+    return jax.lax.map(lambda rows: _log_probs(params, rows, graph, config)[0], batch)
+
+  if config.learn.kl != "none":
+    reference = state.base if state.reference is None else state.reference
+    reference = score(cast(reference, config.model.dtype))
+    batch = dataclasses.replace(batch, reference_log_probs=reference)
+  if config.learn.correction != "none":
+    old = jnp.where(batch.count > 0, score(_whole(state.params, state.base, config)), 0)
+    batch = dataclasses.replace(batch, old_log_probs=old, rollout_log_probs=batch.old_log_probs)
+  return batch
 
 
 def program(state: State, *, graph: nnx.GraphDef, config, mesh: Mesh) -> jax.stages.Wrapped:
@@ -134,14 +207,15 @@ def _program(layout: tuple, structure, graph: nnx.GraphDef, config, mesh: Mesh):
 def _optimize(
   state: State, batch: Batch, *, graph: nnx.GraphDef, config, mesh: Mesh
 ) -> tuple[State, Metrics]:
-  gradient, ratios = accumulate(state.params, batch, graph=graph, config=config, mesh=mesh)
+  gradient, ratios = accumulate(state, batch, graph=graph, config=config, mesh=mesh)
   norm = optax.tree.norm(gradient)
   finite = jnp.isfinite(norm)
 
   rate = optimizer.learning_rate(state.opt_state, config)
   updates, opt_state = optimizer.create(config).update(gradient, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  new = State(step=state.step, params=params, opt_state=opt_state)
+  new = dataclasses.replace(state, params=params, opt_state=opt_state)
+  new = _follow(new, ratios, config)
   new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
 
   one = jnp.ones(())
@@ -150,6 +224,8 @@ def _optimize(
   ratios = jax.tree.map(lambda x: jnp.where(finite, x, 0), ratios)
   trained, path = batch.tokens_trained.sum(), batch.tokens_path.sum()
   saved, of = (path - trained).astype(jnp.float32), path.astype(jnp.float32)
+  if config.learn.kl != "none":
+    ratios["update/kl_weight"] = Ratio(sum=state.kl_weight, count=one)
   return new, ratios | {
     "update/token_saving": Ratio(sum=saved, count=of),
     "update/tokens_trained": trained,
@@ -158,20 +234,40 @@ def _optimize(
   }
 
 
+def _follow(state: State, ratios: dict[str, Ratio], config) -> State:
+  """Moves what follows the policy: an averaged reference, and the weight of the KL to it."""
+  settings = config.learn
+  if settings.kl == "none":
+    return state
+  reference, kl_weight = state.reference, state.kl_weight
+  if settings.reference == "average":
+    part = 1 - settings.average
+    now = cast(_whole(state.params, state.base, config), jnp.float32)
+    reference = jax.tree.map(lambda old, new: old + part * (new - old), reference, now)
+  if settings.kl_target:  # Ziegler et al. 2019 (arXiv 1909.08593), section 2.2
+    error = ratios["loss/kl_reference"].mean() / settings.kl_target - 1
+    kl_weight = kl_weight * (1 + 0.1 * jnp.clip(error, -0.2, 0.2))
+  return dataclasses.replace(state, reference=reference, kl_weight=kl_weight)
+
+
 def accumulate(
-  params: Any, batch: Batch, *, graph: nnx.GraphDef, config, mesh: Mesh
+  state: State, batch: Batch, *, graph: nnx.GraphDef, config, mesh: Mesh
 ) -> tuple[Any, dict[str, Ratio]]:
-  """Returns the gradient of the batch's token mean, in float32, and its Ratios.
+  """Returns the loss's gradient over the batch, of state.params in float32, and its Ratios.
 
   Micro-batches and devices add sums, which are divided once: it is the mean over the tokens of
-  all trajectories of the batch, however they were packed and split.
+  all trajectories of the batch (or what learn.aggregate says), however they were packed and split.
   """
-  weights = cast(params, config.model.dtype)
-  layout = mesh_lib.shardings(weights, mesh)
-  gradient_fn = jax.grad(functools.partial(_loss, graph=graph, config=config), has_aux=True)
+  dtype = config.model.dtype if state.base is None else jnp.float32
+  trained = cast(state.params, dtype)
+  layout = mesh_lib.shardings(trained, mesh)
+  loss = functools.partial(
+    _loss, base=state.base, kl_weight=state.kl_weight, graph=graph, config=config
+  )
+  gradient_fn = jax.grad(loss, has_aux=True)
 
   def add(total, rows):
-    gradient, ratios = gradient_fn(weights, rows)
+    gradient, ratios = gradient_fn(trained, rows)
     # Pinned, or the compiler may gather the sum on every device.
     gradient = jax.lax.with_sharding_constraint(cast(gradient, jnp.float32), layout)
     return jax.tree.map(jnp.add, total, (gradient, ratios))
@@ -181,25 +277,39 @@ def accumulate(
     return jax.lax.cond(rows.count.any(), add, lambda total, _: total, total, rows), None
 
   first = jax.tree.map(lambda x: x[0], batch)
-  _, ratios = jax.eval_shape(gradient_fn, weights, first)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (weights, ratios))
+  _, ratios = jax.eval_shape(gradient_fn, trained, first)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (trained, ratios))
   zeros = jax.lax.with_sharding_constraint(zeros[0], layout), zeros[1]
   (gradient, ratios), _ = jax.lax.scan(body, zeros, batch)
-  count = jnp.maximum(ratios["loss/policy"].count, 1)
-  return jax.tree.map(lambda x: x / count, gradient), ratios
+  divisor = ratios["loss/total"].count
+  divisor = jnp.where(divisor > 0, divisor, 1)
+  return jax.tree.map(lambda x: x / divisor, gradient), ratios
 
 
-def _loss(params: Any, batch: Batch, *, graph: nnx.GraphDef, config):
-  """Returns the summed policy loss of a micro-batch [R, L], and its Ratios."""
-  loss_fn: losses.LossFn = functools.partial(losses.policy, config=config)
+def _loss(trained: Any, batch: Batch, *, base: Any, kl_weight, graph: nnx.GraphDef, config):
+  """Returns the summed loss of a micro-batch [R, L], and its Ratios."""
+  params = trained if base is None else _whole(trained, base, config)
+  log_probs, entropy = _log_probs(params, batch, graph, config)
+  ratios = losses.policy(log_probs, entropy, batch, kl_weight, config=config)
+  return ratios["loss/total"].sum, ratios
+
+
+def _whole(trained: Any, base: Any, config) -> Any:
+  """Returns the model's weights in config.model.dtype."""
+  if base is None:
+    return cast(trained, config.model.dtype)
+  return lora.merge(base, trained, scale=config.lora.alpha / config.lora.rank)
+
+
+def _log_probs(
+  params: Any, batch: Batch, graph: nnx.GraphDef, config
+) -> tuple[Float[Array, "r l"], Float[Array, "r l"]]:
+  """Returns log-probs and entropies of a micro-batch's tokens [R, L]; junk where count is 0."""
   hidden = transformer.hidden(
     graph, params, batch.tokens, batch.positions, batch.end, remat=config.model.remat
   )
   hidden = jnp.take_along_axis(hidden, batch.previous[..., None], axis=1)
-  log_probs, entropy = head(graph, params, hidden, batch.tokens)
-  ratios = loss_fn(log_probs, batch)
-  ratios["loss/entropy"] = Ratio(sum=(batch.count * entropy).sum(), count=batch.count.sum())
-  return ratios["loss/policy"].sum, ratios
+  return head(graph, params, hidden, batch.tokens)
 
 
 def head(
@@ -233,5 +343,10 @@ def _summary(measured: list[Metrics]) -> Metrics:
   if not measured:
     return {name: jnp.zeros((), jnp.int32) for name in SUMS}
   total = jax.tree.map(lambda *x: sum(x[1:], x[0]), *measured)
-  total["loss/logprob_gap"] = measured[0]["loss/logprob_gap"]
-  return {name: x.mean() if isinstance(x, Ratio) else x for name, x in total.items()}
+  for name in total:
+    if name.startswith("loss/logprob_gap"):
+      total[name] = measured[0][name]
+  means = {name: x.mean() if isinstance(x, Ratio) else x for name, x in total.items()}
+  squared = means.pop("loss/ratio_squared")
+  sample = means["loss/ratio"] ** 2 / jnp.where(squared > 0, squared, 1)
+  return means | {"loss/effective_sample": sample}

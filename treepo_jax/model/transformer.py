@@ -49,6 +49,16 @@ class Architecture:
   qk_norm: bool
 
 
+# config.model.remat -> what is kept of a layer for the backward pass, beside its input; the rest is
+# computed anew. Attention over long rows takes time quadratic in L, so "dots" keeps its output too.
+KEEP = {
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(attention.SAVED),
+  ),
+  "layer": jax.checkpoint_policies.nothing_saveable,
+}
+
 Rotation = tuple[Float[Array, "*b 1 e"], Float[Array, "*b 1 e"]]  # cosine and sine, E = D / 2
 
 
@@ -161,14 +171,17 @@ class Transformer(nnx.Module):
     positions: Int[Array, "r l"],
     end: Int[Array, "r l"],
     *,
-    remat: bool,
+    remat: str,
   ):
-    """Returns final hidden states [R, L, W] and every layer's (key, value) [N, R, L, K, D]."""
+    """Returns final hidden states [R, L, W] and every layer's (key, value) [N, R, L, K, D].
+
+    remat: "none": everything is kept for the backward pass; else as KEEP says.
+    """
     graph, layers = nnx.split(self.blocks)
     turn = rotation(positions, self.arch)
     body = lambda x, layer: nnx.merge(graph, layer).packed(x, turn, end)
-    if remat:
-      body = jax.checkpoint(body)
+    if remat != "none":
+      body = jax.checkpoint(body, policy=KEEP[remat], prevent_cse=False)  # scan prevents it
     x, cache = jax.lax.scan(body, self.embed[...][tokens], layers)
     return self.norm(x), cache
 
@@ -198,7 +211,7 @@ def hidden(
   positions: Int[Array, "r l"],
   end: Int[Array, "r l"],
   *,
-  remat: bool = False,
+  remat: str = "none",
 ) -> Float[Array, "r l w"]:
   """Returns hidden states of packed trees: token i sees token j iff j <= i < end[j]."""
   return nnx.merge(graph, params).packed(tokens, positions, end, remat=remat)[0]
@@ -222,7 +235,7 @@ def prefill(graph: nnx.GraphDef, params: dict, tokens: Int[Array, "b p"], length
   """Returns the keys and values [N, B, P, K, D] of prompts, left aligned; junk beyond `length`."""
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   end = jnp.broadcast_to(length[:, None], tokens.shape)
-  return nnx.merge(graph, params).packed(tokens, positions, end, remat=False)[1]
+  return nnx.merge(graph, params).packed(tokens, positions, end, remat="none")[1]
 
 
 def unstack(params: dict) -> list[dict]:

@@ -27,6 +27,7 @@ class Rollout:
     answers: what each trajectory gave as its answer, None without one; like `correct`.
     texts: what each trajectory wrote; like `correct`.
     metrics: the rollout's figures of a step.
+    greedy: f32[B], reward of each prompt's greedy answer, where one was decoded.
   """
 
   tree: tree_lib.Tree
@@ -36,6 +37,7 @@ class Rollout:
   answers: list[list[str | None]]
   texts: list[list[str]]
   metrics: dict[str, float]
+  greedy: np.ndarray | None = None
 
 
 def collect(
@@ -59,7 +61,10 @@ def collect(
   texts = [setup.text.decode(tree_lib.response(tree, b, row)) for b, row in ended]
   grades = rewards.grade(texts, [prompts[b].gold for b, _ in ended])
   reward = np.zeros(tree.parent.shape, np.float32)
-  reward[owner, rows] = np.where(grades.correct, config.reward.correct, config.reward.wrong)
+  before = np.asarray(tree.depth)[owner, rows] - 1
+  tokens = before * tree.tokens.shape[2] + np.asarray(tree.length)[owner, rows]
+  longest = shape.response_length
+  reward[owner, rows] = rewards.score(grades.correct, tokens, longest=longest, config=config)
   graded = time.perf_counter()
 
   def by_tree(values) -> list[list]:

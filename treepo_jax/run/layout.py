@@ -68,8 +68,12 @@ class Node:
 
   @property
   def credit(self) -> float | None:
-    """Mean advantage of the trajectories through it: whitened, as trained, where that is known."""
-    values = [leaf.advantage if leaf.white is None else leaf.white for leaf in self.leaves]
+    """Mean advantage of the trajectories through it: whitened, as trained, where that is known.
+
+    Where segments have advantages of their own, the segment's.
+    """
+    nodes = self.leaves if self.advantage is None else [self]
+    values = [node.advantage if node.white is None else node.white for node in nodes]
     known = [value for value in values if value is not None and math.isfinite(value)]
     return statistics.fmean(known) if known else None
 

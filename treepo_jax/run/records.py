@@ -4,8 +4,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from treepo_jax.learn import advantages
 from treepo_jax.rollout import tree as tree_lib
 from treepo_jax.run import metrics as metrics_lib
 
@@ -13,17 +15,24 @@ from treepo_jax.run import metrics as metrics_lib
 def records(
   tree: tree_lib.Tree,
   reward: np.ndarray,
-  advantage: np.ndarray,
-  white: np.ndarray,
+  advantage: advantages.Advantage,
   prompts: Sequence,
   step: int,
+  *,
+  config,
 ) -> list[dict]:
   """Returns one record a tree: its prompt, its nodes, its leaves and where fallback cut.
 
-  reward, advantage (before whitening) and white (after): f32[B, N] at leaf rows.
+  reward: f32[B, N] at leaf rows. Advantages stand on leaves; where the estimator gives segments
+  their own, on every node: the mean over the trajectories through it.
   """
+  advantage = jax.tree.map(np.asarray, advantage)
+  mass = np.maximum(advantage.weight.sum(1), 1e-9)
+  mean = lambda value: (advantage.weight * value).sum(1) / mass
+  by_segment = config.advantage.estimator in advantages.BY_SEGMENT
+  raw, white = mean(advantage.raw), mean(advantage.white)
   return [
-    _record(tree, b, reward[b], advantage[b], white[b], prompt, step)
+    _record(tree, b, reward[b], raw[b], white[b], prompt, step, by_segment)
     for b, prompt in enumerate(prompts)
   ]
 
@@ -34,12 +43,15 @@ def write(path: str | Path, trees: Sequence[dict]) -> None:
     temporary.write_text("".join(json.dumps(tree) + "\n" for tree in trees), encoding="utf-8")
 
 
-def _record(tree: tree_lib.Tree, b: int, reward, advantage, white, prompt, step: int) -> dict:
+def _record(
+  tree: tree_lib.Tree, b: int, reward, advantage, white, prompt, step: int, by_segment: bool
+) -> dict:
   leaves = [int(row) for row in tree.leaves[b] if row != tree_lib.NO_ROW]
   ended = set(leaves)
   nodes = []
   for row in range(int(tree.size[b])):
     length, leaf = int(tree.length[b, row]), row in ended
+    credited = leaf or (by_segment and row > 0)
     nodes.append(
       {
         "row": row,
@@ -48,8 +60,8 @@ def _record(tree: tree_lib.Tree, b: int, reward, advantage, white, prompt, step:
         "log_probs": [round(float(x), 7) for x in tree.log_probs[b, row, :length]],
         "stop": tree_lib.STOP_NAMES[int(tree.status[b, row])] if leaf else None,
         "reward": float(reward[row]) if leaf else None,
-        "advantage": float(advantage[row]) if leaf else None,
-        "advantage_white": float(white[row]) if leaf else None,
+        "advantage": float(advantage[row]) if credited else None,
+        "advantage_white": float(white[row]) if credited else None,
         "weight": 1.0,
       }
     )

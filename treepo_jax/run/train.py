@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from treepo_jax.config import UserError
 from treepo_jax.learn import advantages, packing, update
 from treepo_jax.model import weights
+from treepo_jax.rollout import grow
 from treepo_jax.rollout import tree as tree_lib
 from treepo_jax.run import checkpoint, collect, evaluate, plots, records, setup, view
 from treepo_jax.run import metrics as metrics_lib
@@ -57,7 +57,7 @@ def run(config, workdir: Path) -> dict | None:
     for step in range(start, config.train.steps):
       begun = time.perf_counter()
       metrics = {}
-      params = update.cast(state.params, config.model.dtype)
+      params = update.weights(state, config)
       if step == 0 or (config.eval.every and step % config.eval.every == 0):
         metrics["eval/accuracy"] = evaluate.accuracy(params, heldout, policy=policy, config=config)
       evaluated = time.perf_counter()
@@ -76,7 +76,7 @@ def run(config, workdir: Path) -> dict | None:
         checkpoints.close()
         raise SystemExit(128 + stop.asked)
     begun = time.perf_counter()
-    params = update.cast(state.params, config.model.dtype)
+    params = update.weights(state, config)
     after = evaluate.accuracy(params, heldout, policy=policy, config=config)
     writer.write(
       config.train.steps, {"eval/accuracy": after, "time/evaluate": time.perf_counter() - begun}
@@ -91,22 +91,27 @@ def _step(
   """Takes one step of the loop; returns the new state, data position and the step's figures."""
   rollouts, position = _rollouts(params, position, step, source, policy, config)
   begun = time.perf_counter()
-  trees, reward = _join(rollouts, config.train.sampling_rounds * config.rollout.prompts)
+  trees, reward, greedy = _join(rollouts, config.train.sampling_rounds * config.rollout.prompts)
   chosen = _chosen(rollouts, trees.size.shape[0], config)
   # A tree that is left out has no leaves for credit and packing; shapes stay what they were.
   trained = dataclasses.replace(
     trees, leaves=np.where(chosen[:, None], trees.leaves, tree_lib.NO_ROW)
   )
-  credit = jax.device_get(advantages.estimate(trained, reward, config=config))
-  batches = packing.pack(trained, credit.white, config=config)
+  credit = jax.device_get(advantages.estimate(trained, reward, greedy, config=config))
+  batches = packing.pack(trained, credit, config=config)
+  if config.learn.kl != "none" and config.learn.kl_in == "reward":
+    cost = _divergence(state, trained, batches, policy, config)
+    credit = jax.device_get(advantages.estimate(trained, reward - cost, greedy, config=config))
+    batches = packing.pack(trained, credit, config=config)
   state, measured = update.step(state, batches, graph=policy.graph, config=config, mesh=policy.mesh)
   measured = {name: float(x) for name, x in jax.device_get(measured).items()}
   updated = time.perf_counter()
   if step % config.train.trees_every == 0 or step + 1 == config.train.steps:
     prompts = [prompt for rollout in rollouts for prompt in rollout.prompts]
-    written = records.records(trees, reward, credit.raw, credit.white, prompts, step)
+    written = records.records(trees, reward, credit, prompts, step, config=config)
     write_trees(workdir, step, written, policy)
   figures = _merge([rollout.metrics for rollout in rollouts]) | measured
+  figures |= advantages.statistics(trained, credit, config=config)
   figures |= {
     "rollout/rounds": float(len(rollouts)),
     "update/prompts": float(chosen.sum()),
@@ -134,10 +139,37 @@ def _rollouts(params, position: int, step: int, source, policy: setup.Setup, con
     rollouts.append(
       collect.collect(params, key, batch.prompts, setup=policy, shape=policy.shape, config=config)
     )
+    if config.advantage.estimator == "remax":
+      rollouts[-1] = _with_greedy(rollouts[-1], params, key, policy, config)
     mixed += sum(map(_mixed, rollouts[-1].correct))
     if not config.train.dynamic_sampling or mixed >= config.rollout.prompts:
       break
   return rollouts, position
+
+
+def _with_greedy(rollout: collect.Rollout, params, key, policy: setup.Setup, config):
+  """Returns the rollout with the rewards of its prompts' greedy answers, and their cost."""
+  shape = grow.sequential(policy.shape, 1, temperature=0.0)
+  greedy = collect.collect(params, key, rollout.prompts, setup=policy, shape=shape, config=config)
+  first = greedy.tree.leaves[:, 0]
+  reward = greedy.reward[np.arange(len(first)), first]
+  added = {
+    name: rollout.metrics[name] + greedy.metrics[name]
+    for name in ("rollout/tokens_decoded", "time/rollout", "time/reward")
+  }
+  return dataclasses.replace(rollout, greedy=reward, metrics=rollout.metrics | added)
+
+
+def _divergence(state, trees: tree_lib.Tree, batches, policy: setup.Setup, config) -> np.ndarray:
+  """Returns what the KL to the reference takes off each reward, f32[B, N] at leaf rows."""
+  shape, parent = trees.parent.shape, np.maximum(trees.parent, 0)
+  nodes = update.divergence(
+    state, batches, trees.parent.size, graph=policy.graph, config=config, mesh=policy.mesh
+  )
+  total = np.array(jax.device_get(nodes)).reshape(shape)
+  for row in range(1, shape[1]):  # a parent's row is less than its child's
+    total[:, row] += total[np.arange(shape[0]), parent[:, row]]
+  return float(state.kl_weight) * total
 
 
 def _mixed(correct: list[bool]) -> bool:
@@ -153,8 +185,11 @@ def _chosen(rollouts: list[collect.Rollout], count: int, config) -> np.ndarray:
   return np.pad(fits, (0, count - len(fits)))
 
 
-def _join(rollouts: list[collect.Rollout], count: int) -> tuple[tree_lib.Tree, np.ndarray]:
-  """Returns all trees and rewards as one batch of `count`, filled up with trees without leaves."""
+def _join(rollouts: list[collect.Rollout], count: int):
+  """Returns all trees, rewards and greedy rewards (or None) as one batch of `count`.
+
+  It is filled up with trees without leaves.
+  """
   empty = {"prompt_length": 1, "size": 1, "parent": tree_lib.NO_PARENT}
   empty |= {"leaves": tree_lib.NO_ROW, "source": tree_lib.NO_ROW}
 
@@ -165,7 +200,9 @@ def _join(rollouts: list[collect.Rollout], count: int) -> tuple[tree_lib.Tree, n
     return np.pad(whole, missing, constant_values=empty[name] if name in empty else 0)
 
   trees = jax.tree_util.tree_map_with_path(join, *(rollout.tree for rollout in rollouts))
-  return trees, join((), *(rollout.reward for rollout in rollouts))
+  greedy = [rollout.greedy for rollout in rollouts if rollout.greedy is not None]
+  reward = join((), *(rollout.reward for rollout in rollouts))
+  return trees, reward, join((), *greedy) if greedy else None
 
 
 def _merge(figures: list[dict[str, float]]) -> dict[str, float]:
@@ -226,7 +263,7 @@ def export(config, workdir: Path, output: Path) -> None:
     raise UserError(f"{checkpoints.path} holds no checkpoint: train with this --workdir first")
   state, _ = checkpoints.restore(update.create(policy.params, config, policy.mesh))
   checkpoints.close()
-  params = update.cast(state.params, jnp.dtype(config.model.dtype))
+  params = update.weights(state, config)
   weights.save(output, policy.arch, params, source=config.model.path)
   print(f"weights after {int(state.step)} steps: {output}")
 
@@ -242,7 +279,7 @@ def rollout(config, workdir: Path) -> dict:
     policy.params, key, batch.prompts, setup=policy, shape=policy.shape, config=config
   )
   credit = jax.device_get(advantages.estimate(made.tree, made.reward, config=config))
-  written = records.records(made.tree, made.reward, credit.raw, credit.white, made.prompts, 0)
+  written = records.records(made.tree, made.reward, credit, made.prompts, 0, config=config)
   write_trees(workdir, 0, written, policy)
   with metrics_lib.Writer(workdir, 0) as writer:
     writer.write(0, made.metrics)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from treepo_jax.tasks import text as text_lib
 
@@ -47,10 +47,26 @@ def grade(texts: Sequence[str], golds: Sequence[str]) -> Grades:
 
 
 def score(
-  texts: Sequence[str], golds: Sequence[str], *, correct: float = 1.0, wrong: float = -1.0
+  correct: Bool[np.ndarray, " n"], tokens: Int[np.ndarray, " n"], *, longest: int, config
 ) -> Float[np.ndarray, " n"]:
-  """Returns `correct` or `wrong` for each answer (TreePO section 3.1: +1 and -1)."""
-  return np.where(grade(texts, golds).correct, correct, wrong).astype(np.float32)
+  """Returns the reward of each answer: right or wrong, less what its length costs.
+
+  reward.correct or reward.wrong (TreePO section 3.1: +1 and -1), and where reward.overlong_buffer
+  is B > 0, the last B tokens before the longest answer cost reward.overlong_factor / B each (DAPO,
+  arXiv 2503.14476, Eq 13).
+
+  Args:
+    correct: verdicts.
+    tokens: of each answer.
+    longest: tokens of the longest answer there can be.
+    config: reward.
+  """
+  r = config.reward
+  value = np.where(correct, r.correct, r.wrong)
+  if r.overlong_buffer:
+    over = np.maximum(tokens - (longest - r.overlong_buffer), 0)
+    value = value - over / r.overlong_buffer * r.overlong_factor
+  return value.astype(np.float32)
 
 
 def normalise(answer: str) -> Fraction | str:
