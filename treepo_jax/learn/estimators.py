@@ -163,7 +163,7 @@ def spo(family: Family) -> Float[Array, "1 n"]:
   """
   value = _backed_up(family, family.reward)
   siblings, mean, std = _siblings(family, value)
-  level = jnp.where(std > EPS, (value - mean) / jnp.where(std > EPS, std, 1), 0)
+  level = jnp.where(std > 0, (value - mean) / jnp.where(std > 0, std, 1), 0)
   value = jnp.where(siblings > 1, level, value).at[0].set(0.0)
   return (value - value[jnp.maximum(family.parent, 0)])[None]
 
@@ -186,7 +186,7 @@ def treerpo(family: Family) -> Float[Array, "1 n"]:
   """
   value = _backed_up(family, family.reward)
   siblings, mean, std = _siblings(family, value)
-  return jnp.where(siblings > 1, (value - mean) / (std + EPS), 0)[None]
+  return jnp.where((siblings > 1) & (std > 0), (value - mean) / (std + EPS), 0)[None]
 
 
 def vineppo(family: Family) -> Float[Array, "1 n"]:
@@ -268,12 +268,14 @@ def _backed_up(family: Family, value: Float[Array, "w"]) -> Float[Array, "n"]:
 
 
 def _siblings(family: Family, value: Float[Array, "n"]):
-  """Returns each node's number of siblings, itself included, and their mean and population std."""
+  """Returns each node's number of siblings, itself included, their mean and population std."""
   parent = jnp.maximum(family.parent, 0)
   children, mean = _over_children(family, value)
   count, mean = jnp.where(_taken(family), children[parent], 0), mean[parent]
   _, variance = _over_children(family, (value - mean) ** 2)
-  return count, mean, jnp.sqrt(variance[parent])
+  std = jnp.sqrt(variance[parent])
+  # Equal values that were summed in another order differ in their last bits.
+  return count, mean, jnp.where(std > EPS * jnp.maximum(jnp.abs(mean), 1), std, 0)
 
 
 def _over_children(
