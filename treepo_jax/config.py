@@ -148,7 +148,7 @@ def default() -> ml_collections.ConfigDict:
   c.eval.prompts = 1024  # held-out prompts
   c.eval.samples = 1  # answers a prompt
   c.eval.every = 5  # steps between evaluations while training; 0: only before and after
-  c.eval.temperature = 1.0
+  c.eval.temperature = 1.0  # 0: greedy
   c.eval.sampling = "sequential"  # "sequential" | "tree" (the shape of rollout)
   return c.lock()
 
@@ -270,8 +270,9 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
       raise UserError(f"config.{key} = {_value(c, key)}: must be in [0, 1)")
   if not 0 <= c.train.final_rate <= 1:
     raise UserError(f"config.train.final_rate = {c.train.final_rate}: must be in [0, 1]")
-  _positive(c, "eval.prompts", "eval.samples", "eval.temperature")
-  _at_least(c, "eval.every", 0)
+  _positive(c, "eval.prompts", "eval.samples")
+  for key in ("eval.every", "eval.temperature"):
+    _at_least(c, key, 0)
   _one_of(c, "eval.sampling", ("sequential", "tree"))
   return ml_collections.FrozenConfigDict(c)
 

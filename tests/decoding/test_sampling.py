@@ -162,3 +162,14 @@ def test_every_part_of_the_identity_counts():
   found = np.concatenate(found)
   assert len(np.unique(found)) == len(found) - 1  # (7, 3 + 1) is (7, 4), the row after it
   assert (found >= 0).all() and (found < 1).all()
+
+
+def test_temperature_zero_takes_the_likeliest_token_of_the_vocabulary():
+  for seed in range(5):
+    logits = some_logits(seed)
+    logits[VOCABULARY:] = 100.0  # padding
+    tokens, log_probs = draw(logits, [0.0, 0.3, 0.999], temperature=0.0)
+    assert set(tokens) == {logits[:VOCABULARY].argmax()}
+    np.testing.assert_allclose(log_probs, special.log_softmax(logits)[tokens], rtol=1e-5)
+  ties = np.zeros(SIZE)
+  assert set(draw(ties, [0.0, 0.9], temperature=0.0)[0]) == {0}

@@ -49,14 +49,6 @@ WHOLE, CUT = 120, 40  # row lengths: every tree in one piece; the large ones cut
 accumulate = jax.jit(update.accumulate, static_argnames=("graph", "config", "mesh"))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """The programs run for milliseconds and compile for seconds."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def settings(row_length=WHOLE, how="tree", depth=6, **learn):
   c: Any = config_lib.default()
   c.rollout.prompt_length, c.rollout.segment, c.rollout.page = 5, 4, 4

@@ -42,14 +42,6 @@ WHOLE, CUT = 80, 32  # row lengths: every tree in one piece; the large ones cut
 accumulate = jax.jit(update.accumulate, static_argnames=("graph", "config", "mesh"))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """The programs run for milliseconds and compile for seconds."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def settings(row_length=WHOLE, micro_rows=8, how="tree", dtype="float32", **train):
   c: Any = config_lib.default()
   c.learn.row_length, c.learn.micro_rows, c.learn.packing = row_length, micro_rows, how

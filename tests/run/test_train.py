@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from treepo_jax.run import metrics as metrics_lib
 
@@ -189,6 +190,38 @@ def test_eight_devices_give_the_run_of_one(finished, tmp_path):
   for a, b in zip(*first, strict=True):
     assert [n["tokens"] for n in a["nodes"]] == [n["tokens"] for n in b["nodes"]]
     assert [n["parent"] for n in a["nodes"]] == [n["parent"] for n in b["nodes"]]
+
+
+@pytest.mark.slow
+def test_adapters_a_reference_and_greedy_baselines_survive_a_restart(tmp_path):
+  """Two steps at once and in two goes: the state with all its options is saved and continued."""
+  options = (
+    "--config.advantage.estimator=remax",
+    "--config.lora.rank=2",
+    "--config.learn.kl=k1",
+    "--config.learn.kl_in=reward",
+    "--config.learn.kl_weight=0.1",
+    "--config.learn.kl_target=0.01",
+    "--config.learn.reference=average",
+    "--config.learn.correction=token",
+    "--config.train.final_rate=1.0",
+    "--config.train.checkpoint_every=1",
+    "--config.eval.every=0",
+  )
+  whole, twice = tmp_path / "whole", tmp_path / "twice"
+  run(whole, *options, "--config.train.steps=2")
+  run(twice, *options, "--config.train.steps=1")
+  run(twice, *options, "--config.train.steps=2")
+  one, two = figures(whole), figures(twice)
+  assert [m for m in two if m["step"] == 1][-1] == [m for m in one if m["step"] == 1][-1]
+  second = next(m for m in one if m["step"] == 1)
+  assert second["update/kl_weight"] != pytest.approx(0.1)  # steered
+  assert second["loss/kl_reference"] != 0 and second["loss/correction"] > 0
+  run(whole, *options, "--config.train.steps=2", "--mode=export", f"--output={tmp_path / 'out'}")
+  base = load_file(ROOT / "treepo_jax" / "embedded" / "model.safetensors")
+  trained = load_file(tmp_path / "out" / "model.safetensors")
+  moved = {name for name, value in trained.items() if not np.array_equal(value, base[name])}
+  assert moved and all("proj" in name for name in moved)
 
 
 @pytest.mark.slow
