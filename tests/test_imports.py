@@ -34,6 +34,7 @@ ORDER = (
   "rollout.grow",
   "learn.estimators",
   "learn.advantages",
+  "learn.credit",
   "learn.packing",
   "learn.losses",
   "learn.optimizer",
@@ -58,6 +59,7 @@ APART = {
   "decoding": ("tasks",),  # rows and tokens, not text
   "learn.estimators": ("model",),
   "learn.advantages": ("model",),  # only learn.update sees both a model and a loss
+  "learn.credit": ("model",),
   "learn.packing": ("model",),
   "learn.losses": ("model",),
   "learn.optimizer": ("model",),

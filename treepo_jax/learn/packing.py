@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 
 from treepo_jax import struct
 from treepo_jax.config import UserError
+from treepo_jax.learn import credit as credit_lib
 from treepo_jax.learn.advantages import Advantage
 from treepo_jax.rollout import tree as tree_lib
 
@@ -71,10 +72,6 @@ class Batch:
   reference_log_probs: Float[Any, "*k r l"] | None = None
 
 
-# Columns of credit: sums over trajectories, and what leaves add to the loss's denominator.
-GAIN, COST, COUNT, POSITIVE, NEGATIVE, TIMES, DIVISOR = range(7)
-
-
 class _Layout(NamedTuple):
   """Where every node stands in the depth-first order of its tree, the prompt left out."""
 
@@ -83,7 +80,7 @@ class _Layout(NamedTuple):
   start: np.ndarray  # [B, N] tokens before the node in depth-first order
   stop: np.ndarray  # [B, N] one past the last token below the node
   offset: np.ndarray  # [B, N] tokens before the node on its path
-  credit: np.ndarray  # [B, N, 7]: the columns above
+  credit: np.ndarray  # [B, N, 7]: the columns of credit.py
 
 
 class _Pieces(NamedTuple):
@@ -118,14 +115,14 @@ def pack(tree: tree_lib.Tree, advantage: Advantage, *, config) -> list[Batch]:
     config: learn.packing "tree" places each token once; a tree longer than a row is cut into runs
       of trajectories that repeat their ancestors as context. "path" places every trajectory by
       itself, with its own copy of the prompt. learn.aggregate and learn.shared say what a
-      trajectory's and a shared token's part in the loss is (see `_credit`).
+      trajectory's and a shared token's part in the loss is (see credit.nodes).
 
   Raises:
     UserError: if one trajectory with its prompt is longer than config.learn.row_length.
   """
   settings = config.learn
   tree, advantage = jax.tree.map(np.asarray, (tree, advantage))
-  layout = _layout(tree, _credit(tree, advantage, config))
+  layout = _layout(tree, credit_lib.nodes(tree, advantage, config))
   _check(tree, layout, settings.row_length)
   if settings.packing == "path":
     pieces, nodes = _paths(tree, layout, advantage, config)
@@ -139,63 +136,11 @@ def pack(tree: tree_lib.Tree, advantage: Advantage, *, config) -> list[Batch]:
     stop=pieces.length,
     previous=none,
     position=none,
-    credit=np.zeros((none.size, DIVISOR + 1)),
+    credit=np.zeros((none.size, credit_lib.DIVISOR + 1)),
   )
   spans = _Spans(*(np.concatenate(pair) for pair in zip(prompts, nodes, strict=True)))
   dealt = np.unique(pieces.tree, return_inverse=True)[1] % settings.minibatches
   return [_fill(tree, pieces, spans, dealt == m, config) for m in np.unique(dealt)]
-
-
-def _credit(tree: tree_lib.Tree, advantage: Advantage, config) -> np.ndarray:
-  """Returns what each node carries into the loss, [B, N, 7]: sums over the trajectories through it.
-
-  A trajectory of T tokens and weight w counts w a token and adds to the denominator w T
-  (learn.aggregate = "token": the mean over tokens), w / T a token and w ("sequence": over
-  trajectories, of their token means), or w a token and w L ("fixed": L the longest answer there
-  can be, Dr. GRPO). A token of several trajectories stands for each of them with its own advantage
-  (learn.shared = "leaf", as the paper trains), for their mean ("once": all that is summed is
-  divided by their number), or for all with the sum of their advantages ("sum").
-  """
-  credit = np.zeros((*tree.parent.shape, DIVISOR + 1))
-  for w in range(tree.leaves.shape[1]):
-    credit += _trajectories(tree, advantage, w, config)
-  return _share(credit, config)
-
-
-def _trajectories(tree: tree_lib.Tree, advantage: Advantage, w: int, config) -> np.ndarray:
-  """Returns what trajectory w of each tree brings to the nodes on its path, [B, N, 7]."""
-  every, leaf = np.arange(tree.leaves.shape[0]), tree.leaves[:, w]
-  here = leaf != tree_lib.NO_ROW
-  on_path = here[:, None] & (advantage.weight[:, w] > 0)
-  tokens = (on_path * tree.length).sum(1)
-  weight = advantage.weight[:, w].max(1)
-  part = weight / np.maximum(tokens, 1) if config.learn.aggregate == "sequence" else weight
-  part, value = on_path * part[:, None], advantage.white[:, w]
-  own = part * value
-  credit = np.zeros((*on_path.shape, DIVISOR + 1))
-  credit[..., GAIN], credit[..., COST] = np.maximum(own, 0), np.minimum(own, 0)
-  credit[..., COUNT], credit[..., TIMES] = part, on_path
-  credit[..., POSITIVE], credit[..., NEGATIVE] = part * (value > 0), part * (value < 0)
-  r = config.rollout
-  longest = r.response_length or r.depth * r.segment
-  length = {"token": tokens, "sequence": 1, "fixed": longest}[config.learn.aggregate]
-  credit[every[here], leaf[here], DIVISOR] = (weight * length)[here]
-  return credit
-
-
-def _share(credit: np.ndarray, config) -> np.ndarray:
-  """Applies learn.shared to the sums over the trajectories through a token."""
-  if config.learn.shared == "leaf":
-    return credit
-  credit, times = credit.copy(), np.maximum(credit[..., TIMES], 1)
-  if config.learn.shared == "once":
-    credit[..., :TIMES] /= times[..., None]
-    return credit
-  total = credit[..., GAIN] + credit[..., COST]
-  credit[..., GAIN], credit[..., COST] = np.maximum(total, 0), np.minimum(total, 0)
-  credit[..., POSITIVE] = credit[..., COUNT] * (total > 0)
-  credit[..., NEGATIVE] = credit[..., COUNT] * (total < 0)
-  return credit
 
 
 def _layout(tree: tree_lib.Tree, credit: np.ndarray) -> _Layout:
@@ -203,7 +148,7 @@ def _layout(tree: tree_lib.Tree, credit: np.ndarray) -> _Layout:
   b, n = tree.parent.shape
   every, taken = np.arange(b), int(tree.size.max(initial=1))
   parent = np.maximum(tree.parent, 0)
-  length = np.where(credit[..., TIMES] > 0, tree.length, 0).astype(np.int64)
+  length = np.where(credit[..., credit_lib.TIMES] > 0, tree.length, 0).astype(np.int64)
   below = length.copy()
   for i in range(taken - 1, 0, -1):
     below[every, parent[:, i]] += below[:, i]
@@ -249,7 +194,7 @@ def _trees(tree: tree_lib.Tree, layout: _Layout, row_length: int) -> tuple[_Piec
   ahead = layout.start[run_tree[above_run], above] < first[above_run]
   run = np.concatenate([run, above_run[ahead]])
   node = np.concatenate([node, above[ahead]])
-  credit = np.concatenate([credit, np.zeros((ahead.sum(), DIVISOR + 1))])
+  credit = np.concatenate([credit, np.zeros((ahead.sum(), credit_lib.DIVISOR + 1))])
 
   owner = run_tree[run]
   start, position = layout.start[owner, node], prompt[owner] + layout.offset[owner, node]
@@ -312,27 +257,11 @@ def _paths(
     stop=(prompt + tokens)[piece],
     previous=at - 1,
     position=at,
-    credit=_own(tree, layout, advantage, (owner[piece], slot[piece], node), config),
+    credit=credit_lib.copies(
+      tree, advantage, layout.credit, (owner[piece], slot[piece], node), config
+    ),
   )
   return _Pieces(tree=owner, length=prompt + tokens), spans
-
-
-def _own(
-  tree: tree_lib.Tree, layout: _Layout, advantage: Advantage, place: tuple, config
-) -> np.ndarray:
-  """Returns what a trajectory's copy of a node carries, [M, 7]; all copies together, the node's.
-
-  place: tree, trajectory and node of each, [M].
-  """
-  owner, slot, node = place
-  own = np.zeros((owner.size, DIVISOR + 1))
-  for w in range(tree.leaves.shape[1]):
-    here = slot == w
-    own[here] = _trajectories(tree, advantage, w, config)[owner[here], node[here]]
-  if config.learn.shared != "leaf":
-    total = layout.credit[owner, node]
-    own[:, :TIMES] = total[:, :TIMES] / np.maximum(total[:, TIMES:DIVISOR], 1)
-  return own
 
 
 def _climb(layout: _Layout, owner: np.ndarray, leaf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -384,15 +313,15 @@ def _fill(tree: tree_lib.Tree, pieces: _Pieces, spans: _Spans, chosen: np.ndarra
     return np.repeat(value, size)
 
   index = np.arange(size.sum()) - repeat(np.cumsum(size) - size)  # within the span
-  credited = repeat(spans.credit[:, COUNT] > 0)
+  credited = repeat(spans.credit[:, credit_lib.COUNT] > 0)
   previous = np.where(index == 0, repeat(spans.previous), repeat(spans.at - 1) + index)
   tokens, log_probs = _contents(tree, owner, spans.node, size)
   gain, cost, count, positive, negative = (
-    write(np.float32, repeat(values)) for values in spans.credit[:, :TIMES].T
+    write(np.float32, repeat(values)) for values in spans.credit[:, : credit_lib.TIMES].T
   )
   nodes = tree.parent.shape[1]
   whole = settings.aggregate != "token" or settings.shared == "leaf"
-  added = spans.credit[:, DIVISOR] if whole else size * spans.credit[:, COUNT]
+  added = spans.credit[:, credit_lib.DIVISOR] if whole else size * spans.credit[:, credit_lib.COUNT]
   return Batch(
     tokens=write(np.int32, tokens),
     positions=write(np.int32, repeat(spans.position) + index),
@@ -408,7 +337,7 @@ def _fill(tree: tree_lib.Tree, pieces: _Pieces, spans: _Spans, chosen: np.ndarra
     depth=write(np.int32, credited * repeat(tree.depth[owner, spans.node])),
     divisor=np.bincount(row, added, rows).astype(np.float32),
     tokens_trained=np.bincount(row, size * ~prompt, rows).astype(np.int32),
-    tokens_path=np.bincount(row, size * spans.credit[:, TIMES], rows).astype(np.int32),
+    tokens_path=np.bincount(row, size * spans.credit[:, credit_lib.TIMES], rows).astype(np.int32),
   )
 
 

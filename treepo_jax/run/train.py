@@ -1,6 +1,7 @@
 """The training run: trees, credit, update; evaluated, saved and drawn as it goes."""
 
 import dataclasses
+import functools
 import signal
 import time
 from pathlib import Path
@@ -136,21 +137,20 @@ def _rollouts(params, position: int, step: int, source, policy: setup.Setup, con
     )
     position = batch.position
     key = setup.key(config, step, turn)
-    rollouts.append(
-      collect.collect(params, key, batch.prompts, setup=policy, shape=policy.shape, config=config)
-    )
-    if config.advantage.estimator == "remax":
-      rollouts[-1] = _with_greedy(rollouts[-1], params, key, policy, config)
+    rollouts.append(_rollout(params, key, batch.prompts, policy, config))
     mixed += sum(map(_mixed, rollouts[-1].correct))
     if not config.train.dynamic_sampling or mixed >= config.rollout.prompts:
       break
   return rollouts, position
 
 
-def _with_greedy(rollout: collect.Rollout, params, key, policy: setup.Setup, config):
-  """Returns the rollout with the rewards of its prompts' greedy answers, and their cost."""
-  shape = grow.sequential(policy.shape, 1, temperature=0.0)
-  greedy = collect.collect(params, key, rollout.prompts, setup=policy, shape=shape, config=config)
+def _rollout(params, key, prompts, policy: setup.Setup, config) -> collect.Rollout:
+  """Returns the prompts' scored trees; for ReMax with what greedy answers earn, and cost."""
+  sample = functools.partial(collect.collect, params, key, prompts, setup=policy, config=config)
+  rollout = sample(shape=policy.shape)
+  if config.advantage.estimator != "remax":
+    return rollout
+  greedy = sample(shape=grow.sequential(policy.shape, 1, temperature=0.0))
   first = greedy.tree.leaves[:, 0]
   reward = greedy.reward[np.arange(len(first)), first]
   added = {
@@ -275,10 +275,8 @@ def rollout(config, workdir: Path) -> dict:
   source = data.source(config, split="train")
   batch = data.take(source, policy.text, start=0, count=config.rollout.prompts, config=config)
   key = setup.key(config, 0, 0)
-  made = collect.collect(
-    policy.params, key, batch.prompts, setup=policy, shape=policy.shape, config=config
-  )
-  credit = jax.device_get(advantages.estimate(made.tree, made.reward, config=config))
+  made = _rollout(policy.params, key, batch.prompts, policy, config)
+  credit = jax.device_get(advantages.estimate(made.tree, made.reward, made.greedy, config=config))
   written = records.records(made.tree, made.reward, credit, made.prompts, 0, config=config)
   write_trees(workdir, 0, written, policy)
   with metrics_lib.Writer(workdir, 0) as writer:
