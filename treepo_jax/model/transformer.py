@@ -87,7 +87,10 @@ class Linear(nnx.Module):
 
   def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
     kernel = self.kernel[...]
-    x = jnp.matmul(x, kernel, precision=attention._precision(kernel.dtype))
+    # As one product of matrices: with more axes the gradients are 2.5 times as slow on a CPU.
+    flat = x.reshape(-1, x.shape[-1])
+    flat = jnp.matmul(flat, kernel, precision=attention._precision(kernel.dtype))
+    x = flat.reshape(*x.shape[:-1], -1)
     return x if self.bias is None else x + along(self.bias[...], x)
 
 
