@@ -7,13 +7,13 @@ there, and give its interpreter. transformers comes with the extra `test`. What 
 named as skipped.
 
 Against Tunix (peer_tunix.py has its side): a random Qwen2 of 3.9M parameters in float32, 4 prompts
-of 256 tokens, 8 answers of 256 tokens to each, none of which ends early. Sampling: answers decoded
-each by itself. Trees: as many answers of the same length from TREE, which decodes less. A step:
-generation, log-probs of a reference policy, advantages, an AdamW update with the KL to the
-reference in its loss; flat with GRPO's advantages, trees with TreePO's. Tunix holds all 32 rows in
-one micro-batch as its bench does, or 8, which takes less memory; ours 2 rows of ROW_LENGTH tokens.
-Every kind of work is a process of its own, ours with a core a device; they run in turn, and peaks
-of resident memory are each process's own.
+of 256 tokens, 8 answers of 256 tokens to each, none of which ends early. Sampling: nothing is
+shared but the prompt. Trees: as many answers of the same length from each of SHAPES,
+against the same sampling. A step: generation, log-probs of a reference policy, advantages, an AdamW
+update with the KL to the reference in its loss; flat with GRPO's advantages, trees with TreePO's.
+A micro-batch of Tunix holds all 32 rows, its default, or 8, for less memory; one of ours two rows,
+each a prompt with all its answers. Every kind of work is a process of its own, ours with a core a
+device; they run in turn, and peaks of resident memory are each process's own.
 
 Against transformers: whole generations of bench_decode.py's 28M policy.
 
@@ -21,14 +21,13 @@ Medians; ratio is ours over theirs, for memory theirs over ours: higher is bette
 """
 
 import argparse
-import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -42,10 +41,13 @@ from treepo_jax.rollout import grow
 from treepo_jax.rollout import tree as tree_lib
 from treepo_jax.tasks.data import Prompt
 
-SEGMENT = 32
-TREE = {"initial": 2, "branching": 2, "fallback": "random"}  # 2, 4, then 8 branches; 8 segments
-FLAT = {"initial": 0, "branching": 1, "fallback": "none"}
-ROW_LENGTH = 2048
+# How answers grow: segments of an answer, branches of the prompt and of a node, and how many nodes
+# a prompt's answers come to.
+SHAPES = {
+  "flat": (8, 0, 1, 8 * 8),
+  "trees of 8 segments, 2 branches doubled to 8 (16 % shared)": (8, 2, 2, 2 + 4 + 6 * 8),
+  "trees of 4 segments, 1 branch doubled to 8 (53 % shared)": (4, 1, 2, 1 + 2 + 4 + 8),
+}
 
 ARCHITECTURE = transformer.Architecture(
   family="qwen2",
@@ -67,27 +69,31 @@ ARCHITECTURE = transformer.Architecture(
 )
 
 
-def configure(tree: bool):
+def configure(shape: str):
   """Returns the config of a worker and lets each core be a device; before jax starts."""
+  depth, initial, branching, nodes = SHAPES[shape]
+  tree, segment = branching > 1, peer.NEW // depth
   config = config_lib.default()
+  mesh_lib.split_host(config)
   with config.unlocked():
-    mesh_lib.split_host(config)
     config.rollout.update(
       prompts=peer.PROMPTS,
       width=peer.SAMPLES,
-      depth=peer.NEW // SEGMENT,
-      segment=SEGMENT,
-      page=SEGMENT,
+      depth=depth,
+      segment=segment,
+      page=segment,
+      initial=initial,
+      branching=branching,
+      fallback="random" if tree else "none",
       prompt_length=peer.PROMPT,
       rows=-(-peer.PROMPTS * peer.SAMPLES // jax.device_count()),
       group=peer.SAMPLES // 2,
       merge=False,
       repetition_count=0,
-      **(TREE if tree else FLAT),
     )
     config.advantage.estimator = "treepo" if tree else "grpo"
     config.learn.update(
-      row_length=ROW_LENGTH,
+      row_length=peer.PROMPT + nodes * segment,  # a prompt with all its answers
       micro_rows=2,
       aggregate="sequence",
       clip_low=peer.CLIP,
@@ -102,8 +108,9 @@ def configure(tree: bool):
 class Worker:
   """Our side: the verbs of a training step, on a random policy."""
 
-  def __init__(self, tree: bool):
-    self.config = configure(tree)
+  def __init__(self, shape: str):
+    self.depth, _, _, self.nodes = SHAPES[shape]
+    self.config = configure(shape)
     self.mesh = mesh_lib.create(self.config)
     self.graph, params = transformer.create(ARCHITECTURE, jax.random.key(0))
     self.state = update.create(params, self.config, self.mesh)
@@ -125,9 +132,10 @@ class Worker:
       shape=self.shape,
       mesh=self.mesh,
     )
-    self.saving = 1 - cost["rollout/tokens_decoded"] / peer.TOKENS
-    self.answers = [[tree_lib.response(tree, b, row) for row in rows] for b, rows in enumerate(tree.leaves)]
-    assert all(len(answer) == peer.NEW for answers in self.answers for answer in answers)
+    segment = peer.NEW // self.depth
+    assert cost["rollout/tokens_decoded"] == peer.PROMPTS * self.nodes * segment
+    leaf = np.arange(peer.PROMPTS)[:, None], tree.leaves
+    assert (tree.depth[leaf] == self.depth).all() and (tree.length[leaf] == segment).all()
     return tree
 
   def step(self) -> None:
@@ -135,10 +143,165 @@ class Worker:
     tree = self.sample()
     reward = np.zeros(tree.parent.shape, np.float32)
     for b, rows in enumerate(tree.leaves):
-      reward[b, rows] = [sum(answer) % 97 / 97 for answer in self.answers[b]]
+      reward[b, rows] = [sum(tree_lib.response(tree, b, row)) % 97 / 97 for row in rows]
     credit = jax.device_get(advantages.estimate(tree, reward, config=self.config))
     batches = packing.pack(tree, credit, config=self.config)
     self.state, measured = update.step(
       self.state, batches, graph=self.graph, config=self.config, mesh=self.mesh
     )
     jax.device_get(measured)
+
+
+class Process:
+  """A worker in a process of its own; see peer_tunix.requests."""
+
+  def __init__(self, *command: str):
+    self.errors = tempfile.TemporaryFile("w+")
+    pipe = subprocess.PIPE
+    self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
+    self.read()
+
+  def read(self) -> dict:
+    """Returns what the worker says next."""
+    assert self.process.stdout is not None
+    line = self.process.stdout.readline()
+    if not line:
+      self.errors.seek(0)
+      raise RuntimeError(f"{self.process.args} ended:\n{self.errors.read()[-4000:]}")
+    return json.loads(line)
+
+  def run(self) -> float:
+    """Has a run made and returns its seconds."""
+    assert self.process.stdin is not None
+    self.process.stdin.write("\n")
+    self.process.stdin.flush()
+    return self.read()["seconds"]
+
+  def close(self) -> float:
+    """Ends the worker and returns its peak memory in MB."""
+    assert self.process.stdin is not None
+    self.process.stdin.close()
+    peak = self.read()["peak_mb"]
+    self.process.wait()
+    return peak
+
+
+def in_turn(commands: dict[str, tuple[str, ...]], runs: int) -> dict[str, tuple[float, float]]:
+  """Returns each worker's median seconds of `runs` runs taken in turn, and its peak memory."""
+  workers = {name: Process(*command) for name, command in commands.items()}
+  seconds = [{name: worker.run() for name, worker in workers.items()} for _ in range(runs)]
+  return {
+    name: (statistics.median(s[name] for s in seconds), worker.close())
+    for name, worker in workers.items()
+  }
+
+
+def row(name: str, version: str, work: str, ours: float, theirs: float, unit: str) -> dict:
+  """Returns and prints a row of the result."""
+  ratio = theirs / ours if unit == "MB" else ours / theirs
+  print(
+    f"{name} {version}, {work}: {ours:,.1f} against {theirs:,.1f} {unit}, {ratio:.1f}x", flush=True
+  )
+  figures = {"ours": ours, "theirs": theirs, "unit": unit, "ratio": ratio}
+  return {"peer": name, "version": version, "work": work} | figures
+
+
+def against_tunix(python: str, version: str, quick: bool) -> list[dict]:
+  """Returns the rows against Tunix: sampling, trees and steps, with their memory."""
+  folder = Path(__file__).parent
+  mine = (sys.executable, str(folder / "bench_peers.py"), "--work")
+  its = (python, str(folder / "peer_tunix.py"))
+  rows = []
+
+  def compare(work: str, unit: str, amount: float, ours: tuple, theirs: tuple) -> None:
+    rows.append(row("tunix", version, work, amount / ours[0], amount / theirs[0], unit))
+    rows.append(row("tunix", version, f"{work}: peak memory", ours[1], theirs[1], "MB"))
+
+  runs = 2 if quick else 5
+  ours = lambda kind: {shape: (*mine, kind, f"--shape={shape}") for shape in SHAPES}
+  sampled = in_turn({"theirs": (*its, "sample"), **ours("sample")}, runs)
+  compare("sampling", "tokens/s", peer.TOKENS, sampled["flat"], sampled["theirs"])
+  for shape in list(SHAPES)[1:]:
+    answers = peer.PROMPTS * peer.SAMPLES
+    compare(f"answers from {shape}", "answers/s", answers, sampled[shape], sampled["theirs"])
+
+  micros = (peer.PROMPTS,) if quick else (peer.PROMPTS, 1)
+  steps = {f"{m}": (*its, "step", f"--micro={m}") for m in micros}
+  stepped = in_turn(ours("step") | steps, runs)
+  for micro in micros:
+    for kind in SHAPES:
+      work = f"GRPO step, {kind}; theirs {micro * peer.SAMPLES} rows a micro-batch"
+      compare(work, "steps/min", 60, stepped[kind], stepped[f"{micro}"])
+  return rows
+
+
+def against_transformers(quick: bool) -> list[dict]:
+  """Returns the rows against transformers' generate; ImportError where it is not installed."""
+  import bench_decode as decode
+  import torch
+  import transformers
+
+  cores = len(os.sched_getaffinity(0))
+  jax.config.update("jax_num_cpu_devices", cores)
+  torch.set_num_threads(cores)
+  rows = []
+  with tempfile.TemporaryDirectory() as folder:
+    path = decode.random_qwen2(folder)
+    for prompts, samples in ((4, 16),) if quick else ((64, 1), (4, 16)):
+      found = decode.measure(decode.Case("28M", path, prompts, samples, 256, 64), 2 if quick else 5)
+      work = f"generation, {prompts} prompts x {samples}, 256 + 64 tokens"
+      ours, theirs = found["ours_tokens_per_s"], found["theirs_tokens_per_s"]
+      rows.append(row("transformers", transformers.__version__, work, ours, theirs, "tokens/s"))
+  return rows
+
+
+def installed(python: str | None) -> tuple[str, str]:
+  """Returns Tunix's version in the environment of `python`, or "" and why there is none."""
+  if python is None:
+    return "", "--tunix does not say where its environment is"
+  ask = "from importlib.metadata import version; print(version('google-tunix'))"
+  try:
+    done = subprocess.run((python, "-c", ask), capture_output=True, text=True, check=True)
+  except OSError as error:
+    return "", f"{python}: {error.strerror}"
+  except subprocess.CalledProcessError:
+    return "", f"google-tunix is not installed for {python}"
+  return done.stdout.strip(), ""
+
+
+def work(name: str, shape: str) -> None:
+  """Does our side's runs as they are asked for."""
+  worker = Worker(shape)
+  for _ in peer.requests():
+    worker.sample() if name == "sample" else worker.step()
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description="Ours against Tunix and transformers.")
+  parser.add_argument("--quick", action="store_true", help="fewer runs and rows")
+  parser.add_argument("--json", type=Path, help="file for the figures")
+  parser.add_argument("--tunix", help="Python of the environment that google-tunix is in")
+  parser.add_argument("--work", choices=("sample", "step"), help=argparse.SUPPRESS)
+  parser.add_argument("--shape", default="flat", help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.work:
+    work(args.work, args.shape)
+    return
+  rows, skipped = [], []
+  version, reason = installed(args.tunix)
+  if version:
+    rows += against_tunix(args.tunix, version, args.quick)
+  else:
+    skipped.append({"peer": "tunix", "reason": reason})
+  try:
+    rows += against_transformers(args.quick)
+  except ImportError as error:
+    skipped.append({"peer": "transformers", "reason": str(error)})
+  for peer_skipped in skipped:
+    print(f"skipped {peer_skipped['peer']}: {peer_skipped['reason']}")
+  if args.json:
+    args.json.write_text(json.dumps({"rows": rows, "skipped": skipped}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  main()

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from treepo_jax import config as config_lib
@@ -30,7 +31,7 @@ from treepo_jax.model import mesh as mesh_lib
 from treepo_jax.model import transformer
 from treepo_jax.rollout import tree as tree_lib
 
-TREES, DEPTH, SEGMENT = 12, 6, 64
+TREES, DEPTH, SEGMENT = 6, 6, 64
 NODES = 20  # of a tree, without the prompt, which is as long as one of them
 ROW_LENGTH = (1 + NODES) * SEGMENT
 WIDTHS = (4, 5, 7, 11)  # answers of a tree: 17, 33, 52, 70 % shared
@@ -87,20 +88,21 @@ def trees(width: int) -> tree_lib.Tree:
   tokens[:, 0] = length[:, 0] = 0
   # About what the random policy gives its tokens, so that some ratios are clipped and most are not.
   log_probs = -np.log(ARCHITECTURE.vocab_size) + 0.1 * rng.standard_normal(tokens.shape)
-  return tree_lib.Tree(
-    prompt=rng.integers(0, ARCHITECTURE.vocab_size, (TREES, SEGMENT)).astype(np.int32),
-    prompt_length=np.full(TREES, SEGMENT, np.int32),
-    prompt_id=np.arange(TREES, dtype=np.uint32),
-    tokens=tokens,
-    log_probs=np.where(length[..., None] > 0, log_probs, 0).astype(np.float32),
-    length=length,
-    parent=parent,
-    depth=depth,
-    status=np.where(depth == DEPTH, tree_lib.DEPTH, tree_lib.INNER).astype(np.int32),
-    source=np.full(shape, tree_lib.NO_ROW, np.int32),
-    size=np.full(TREES, 1 + NODES, np.int32),
-    leaves=np.broadcast_to(np.arange(1 + NODES - width, 1 + NODES, dtype=np.int32), (TREES, width)),
-  )
+  arrays = {
+    "prompt": rng.integers(0, ARCHITECTURE.vocab_size, (TREES, SEGMENT)).astype(np.int32),
+    "prompt_length": np.full(TREES, SEGMENT, np.int32),
+    "prompt_id": np.arange(TREES, dtype=np.uint32),
+    "tokens": tokens,
+    "log_probs": np.where(length[..., None] > 0, log_probs, 0).astype(np.float32),
+    "length": length,
+    "parent": parent,
+    "depth": depth,
+    "status": np.where(depth == DEPTH, tree_lib.DEPTH, tree_lib.INNER).astype(np.int32),
+    "source": np.full(shape, tree_lib.NO_ROW, np.int32),
+    "size": np.full(TREES, 1 + NODES, np.int32),
+    "leaves": np.tile(np.arange(1 + NODES - width, 1 + NODES, dtype=np.int32), (TREES, 1)),
+  }
+  return tree_lib.Tree(**{name: jnp.asarray(array) for name, array in arrays.items()})
 
 
 def configure(packed: str):
@@ -130,9 +132,9 @@ class Side:
 
     @jax.jit
     def gradient(state, batch):
-      return update.accumulate(
-        state, batch, graph=self.graph, config=self.config, mesh=self.mesh
-      )[0]
+      return update.accumulate(state, batch, graph=self.graph, config=self.config, mesh=self.mesh)[
+        0
+      ]
 
     return jax.device_get(gradient(self.state, self.batch))
 
@@ -158,6 +160,7 @@ class Side:
   def bytes(self) -> int:
     """Memory that the compiled step asks for."""
     needed = self.step.memory_analysis()
+    assert needed is not None
     return needed.temp_size_in_bytes + needed.argument_size_in_bytes
 
 

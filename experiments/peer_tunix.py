@@ -13,7 +13,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +27,20 @@ LAYERS, WIDTH, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 4, 256, 1024, 8, 
 BETA, CLIP, RATE = 0.04, 0.2, 1e-4
 
 
-def requests(version: str, wait: Callable[[], Any] = lambda: None) -> Iterator[None]:
+def requests(wait: Callable[[], Any] = lambda: None) -> Iterator[None]:
   """Yields to have a run made: one that compiles, then one for every line of stdin.
 
-  Says the version after the first, the seconds of each of the others, and at the end of stdin the
-  process's peak of resident memory; lines of JSON. What libraries print goes to stderr.
+  Says {} after the first, the seconds of each of the others, and at the end of stdin the process's
+  peak of resident memory. What libraries print goes to stderr.
 
   Args:
-    version: of the peer.
     wait: returns when a run is done that may still be under way.
   """
   out, sys.stdout = sys.stdout, sys.stderr
   say = lambda **figures: print(json.dumps(figures), file=out, flush=True)
   yield
   wait()
-  say(version=version)
+  say()
   for _ in sys.stdin:
     begun = time.perf_counter()
     yield
@@ -105,7 +103,7 @@ def sampling() -> None:
   )
   sample = sampler.Sampler(model(), Bytes(), cache)
   rows = [text for text in texts() for _ in range(SAMPLES)]
-  for seed, _ in enumerate(requests(metadata.version("google-tunix"))):
+  for seed, _ in enumerate(requests()):
     made = sample(
       rows,
       max_generation_steps=NEW,
@@ -174,7 +172,7 @@ def training(micro: int) -> None:
     )
     wait = lambda: jax.block_until_ready(nnx.state(made.actor_trainer.model))
     batch = {"prompts": np.array(texts())}
-    learn.train(dict(batch) for _ in requests(metadata.version("google-tunix"), wait))
+    learn.train(dict(batch) for _ in requests(wait))
 
 
 def main() -> None:
