@@ -125,7 +125,7 @@ def step(
     whose gradient is not finite changes no weight, counts in update/skipped and in no mean.
   """
   optimize = program(state, graph=graph, config=config, mesh=mesh)
-  placed = [place(batch, config, mesh) for batch in batches]
+  placed = (place(batch, config, mesh) for batch in batches)
   if config.learn.kl != "none" or config.learn.correction != "none":
     placed = [_scored(state, batch, graph=graph, config=config) for batch in placed]
   measured = []
@@ -172,7 +172,10 @@ def _scored(state: State, batch: Batch, *, graph: nnx.GraphDef, config) -> Batch
   """Returns the batch with the log-probs that the loss compares with."""
 
   def score(params: Any) -> Float[Array, "k r l"]:
-    return jax.lax.map(lambda rows: _log_probs(params, rows, graph, config)[0], batch)
+    log_probs = lambda rows: _log_probs(params, rows, graph, config)[0]
+    nothing = lambda rows: jnp.zeros_like(rows.gain)
+    one = lambda rows: jax.lax.cond(rows.count.any(), log_probs, nothing, rows)
+    return jax.lax.map(one, batch)
 
   if config.learn.kl != "none":
     reference = state.base if state.reference is None else state.reference
