@@ -2,7 +2,7 @@
 
 python -m treepo_jax.main --config=configs/cispo.py --workdir=runs/cispo
 
-Two CPU cores: about two minutes.
+Two CPU cores: two to three minutes.
 """
 
 from treepo_jax import config

@@ -2,7 +2,7 @@
 
 python -m treepo_jax.main --config=configs/dr_grpo.py --workdir=runs/dr_grpo
 
-Two CPU cores: about two minutes.
+Two CPU cores: two to three minutes.
 """
 
 from treepo_jax import config

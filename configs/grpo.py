@@ -2,8 +2,8 @@
 
 python -m treepo_jax.main --config=configs/grpo.py --workdir=runs/grpo
 
-Symmetric clip, the mean over answers of their token means, k3 in the loss. Two CPU cores: about
-two minutes.
+Symmetric clip, the mean over answers of their token means, k3 in the loss. Two CPU cores: two to
+three minutes.
 """
 
 from treepo_jax import config

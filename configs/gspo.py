@@ -3,7 +3,7 @@
 python -m treepo_jax.main --config=configs/gspo.py --workdir=runs/gspo
 
 A ratio of whole answers has no value at a token that several share, so answers are trained path by
-path; they are still decoded as trees. Two CPU cores: three to four minutes.
+path; they are still decoded as trees. Two CPU cores: about three minutes.
 """
 
 from treepo_jax import config
