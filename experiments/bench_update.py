@@ -88,12 +88,14 @@ def trees(width: int) -> tree_lib.Tree:
   tokens[:, 0] = length[:, 0] = 0
   # About what the random policy gives its tokens, so that some ratios are clipped and most are not.
   log_probs = -np.log(ARCHITECTURE.vocab_size) + 0.1 * rng.standard_normal(tokens.shape)
+  log_probs = np.where(length[..., None] > 0, log_probs, 0).astype(np.float32)
   arrays = {
     "prompt": rng.integers(0, ARCHITECTURE.vocab_size, (TREES, SEGMENT)).astype(np.int32),
     "prompt_length": np.full(TREES, SEGMENT, np.int32),
     "prompt_id": np.arange(TREES, dtype=np.uint32),
     "tokens": tokens,
-    "log_probs": np.where(length[..., None] > 0, log_probs, 0).astype(np.float32),
+    "log_probs": log_probs,
+    "sampled_log_probs": log_probs,
     "length": length,
     "parent": parent,
     "depth": depth,

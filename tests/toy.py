@@ -52,12 +52,14 @@ def random_trees(
   ids = np.arange(1, total + 1) if vocabulary is None else rng.integers(0, vocabulary, total)
   prompts, tokens = np.zeros((trees, prompt), np.int32), np.zeros((*shape, segment), np.int32)
   prompts[prompt_valid], tokens[valid] = ids[: prompt_valid.sum()], ids[prompt_valid.sum() :]
+  log_probs = np.where(valid, -rng.random(valid.shape) * 4, 0).astype(np.float32)
   return tree_lib.Tree(
     prompt=jnp.asarray(prompts),
     prompt_length=jnp.asarray(prompt_length),
     prompt_id=jnp.arange(trees, dtype=jnp.uint32),
     tokens=jnp.asarray(tokens),
-    log_probs=jnp.asarray(np.where(valid, -rng.random(valid.shape) * 4, 0).astype(np.float32)),
+    log_probs=jnp.asarray(log_probs),
+    sampled_log_probs=jnp.asarray(2 * log_probs),
     length=jnp.asarray(length),
     parent=jnp.asarray(parent),
     depth=jnp.asarray(at),

@@ -12,6 +12,8 @@ ESTIMATORS = (
   *("treepo", "segment", "spo", "treerl", "treerpo", "tree_grpo", "vineppo"),
   *("grpo", "dr_grpo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline", "remax"),
 )
+FALLBACKS = ("random", "log_prob", "block", "inverse_block", "start", "disagree", "none")
+FALLBACK_SOURCES = ("answered", "boxed", "finished_first", "strict", "longest", "any")
 PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
 
 
@@ -59,17 +61,54 @@ def default() -> ml_collections.ConfigDict:
   c.rollout.depth = 5  # d: segments a trajectory at most
   c.rollout.segment = 16  # l: tokens a segment, a multiple of rollout.page
   c.rollout.branching = 2  # b: branches a node; the budget of a prompt grows as b^depth up to w
+  c.rollout.branching_max = 0  # > branching: b is drawn a prompt and wave, branching..branching_max
   # Branches of the prompt itself. 0, as many as width: answers are independent, and the tree is
   # where they agree (merge); fewer: TreePO's forced branching and fallback make up the rest.
   c.rollout.initial = 0
-  c.rollout.initial_max = 0  # > initial: drawn a prompt, uniform in initial..initial_max
-  c.rollout.remainder = "spread"  # uneven budget: "spread" over the first nodes | all to the "last"
-  c.rollout.fallback = "random"  # "random": cut a finished answer at a segment and regrow | "none"
-  c.rollout.merge = True  # siblings that draw the same tokens are decoded and trained once
+  c.rollout.initial_max = 0  # > initial: drawn, uniform in initial..initial_max
+  c.rollout.initial_draw = "prompt"  # for each "prompt" | once for the "batch"
+  c.rollout.step_tokens = 0  # tokens of a wave of all prompts, instead of b and initial; 0: by b
+  # Response tokens of a prompt's trajectories, a shared one once for each; 0: width alone decides
+  c.rollout.response_tokens = 0
+  c.rollout.min_width = 0  # trajectories that response_tokens leaves at least
+  # Who gets the budget: all paths alike, "even", or by log-prob, the "sum" or "mean" of the answer
+  # or the mean of its last "segment" (section 4.4)
+  c.rollout.allocation = "even"
+  c.rollout.remainder = "spread"  # even: what is left to the first nodes, "spread" | to the "last"
+  c.rollout.favour = "low"  # by log-prob: paths of "low" or "high" log-prob get more
+  c.rollout.allocation_temperature = 1.0  # of the softmax over log-probs
+  # "constant" | half a sine "ascending" from allocation_low to _high | "descending"
+  c.rollout.allocation_schedule = "constant"
+  c.rollout.allocation_low = 1.0
+  c.rollout.allocation_high = 5.0
+  # Where a finished answer is cut to grow again: "random" | before its least likely token,
+  # "log_prob" | at a block of tokens, preferably unlikely ones, "block", or likely ones,
+  # "inverse_block" | at the "start" | where answers "disagree" most in reward | "none": not at all
+  c.rollout.fallback = "random"
+  # Which answers: with a box or EOS, "answered" | "boxed" | all, "finished_first" by a weighted
+  # draw, "strict" in order of why they ended, "longest" by a draw weighted with length | "any"
+  c.rollout.fallback_from = "answered"
+  c.rollout.fallback_window = 0  # random: tokens between places to cut at; 0: a segment
+  c.rollout.fallback_windows = 0  # random: windows cut off at most; 0: any number
+  c.rollout.fallback_block = 128  # tokens of a block
+  c.rollout.fallback_least = 0  # tokens of an answer that may be cut
+  # Paths given up although they could go on, of low value: "log_prob" (mean of the answer) |
+  # "entropy" (mean of the segment, high is bad) | "reward" (of answers nearby) | "none"
+  c.rollout.prune = "none"
+  c.rollout.prune_share = 0.25  # of a wave's open paths at most; their budget goes to the others
+  c.rollout.prune_keep = 2  # open paths that stay at least
+  c.rollout.merge = True  # nodes that draw the tokens of another are not decoded or trained again
   c.rollout.response_length = 0  # tokens of an answer at most; 0: depth * segment
   c.rollout.prompt_length = 64  # tokens a prompt at most
   c.rollout.temperature = 1.0
-  c.rollout.stop_at_box = True  # an answer ends where its \boxed{...} closes; False: at EOS
+  c.rollout.top_k = 0  # tokens that can be drawn; 0: all
+  c.rollout.top_p = 1.0  # probability that those that can be drawn make up at least (nucleus)
+  c.rollout.min_p = 0.0  # of the likeliest token's probability, what one that can be drawn has
+  # An answer ends where its \boxed{...} closes, "box" | with the "segment" of it | at "eos"
+  c.rollout.stop_at = "box"
+  c.rollout.blind_eos = False  # published: EOS is missed as a segment's first token, or one of many
+  c.rollout.min_length = 0  # tokens of an answer; shorter ones are dropped and grown again
+  c.rollout.repetition_first = False  # a loop ends an answer before its box, EOS or length do
   c.rollout.repetition_window = 8  # tokens of a repeated window
   c.rollout.repetition_count = (
     4  # times it occurs in the last window * count tokens; 0: not checked
@@ -219,23 +258,8 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
   _at_least(c, "rollout.response_length", 0)
   _multiple(c, "rollout.segment", "rollout.page")
   _multiple(c, "rollout.rows", "rollout.group")
-  _one_of(c, "rollout.remainder", ("spread", "last"))
-  _one_of(c, "rollout.fallback", ("random", "none"))
-  for key in ("rollout.initial", "rollout.initial_max"):
-    _at_least(c, key, 0)
+  _check_policies(c)
   r = c.rollout
-  if r.initial > r.width:
-    raise UserError(
-      f"config.rollout.initial = {r.initial} is above config.rollout.width = {r.width}: "
-      "a prompt cannot start with more branches than trajectories"
-    )
-  least = r.initial or r.width
-  if r.initial_max and not least <= r.initial_max <= r.width:
-    raise UserError(
-      f"config.rollout.initial_max = {r.initial_max}: must be 0, no draw, or lie between "
-      f"rollout.initial = {least} and rollout.width = {r.width}"
-    )
-
   _one_of(c, "advantage.estimator", ESTIMATORS)
   _one_of(c, "advantage.normalise", ("published", "none", "group", "token", "leaf"))
   _one_of(c, "advantage.aggregate", ("average", "group_size"))
@@ -275,6 +299,68 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
     _at_least(c, key, 0)
   _one_of(c, "eval.sampling", ("sequential", "tree"))
   return ml_collections.FrozenConfigDict(c)
+
+
+def _check_policies(c: ml_collections.ConfigDict) -> None:
+  """Raises UserError for a wrong key of config.rollout that says who grows, is cut or pruned."""
+  r = c.rollout
+  _one_of(c, "rollout.initial_draw", ("prompt", "batch"))
+  _one_of(c, "rollout.allocation", ("even", "sum", "mean", "segment"))
+  _one_of(c, "rollout.remainder", ("spread", "last"))
+  _one_of(c, "rollout.favour", ("low", "high"))
+  _one_of(c, "rollout.allocation_schedule", ("constant", "ascending", "descending"))
+  _one_of(c, "rollout.fallback", FALLBACKS)
+  _one_of(c, "rollout.fallback_from", FALLBACK_SOURCES)
+  _one_of(c, "rollout.prune", ("none", "log_prob", "entropy", "reward"))
+  _one_of(c, "rollout.stop_at", ("box", "segment", "eos"))
+  _positive(c, "rollout.fallback_block", "rollout.prune_keep", "rollout.top_p")
+  _positive(c, *(f"rollout.allocation_{k}" for k in ("temperature", "low", "high")))
+  for key in ("initial", "initial_max", "branching_max", "step_tokens", "response_tokens"):
+    _at_least(c, f"rollout.{key}", 0)
+  for key in ("min_width", "min_length", "top_k", "min_p", "prune_share"):
+    _at_least(c, f"rollout.{key}", 0)
+  for key in ("fallback_window", "fallback_windows", "fallback_least"):
+    _at_least(c, f"rollout.{key}", 0)
+  for key in ("top_p", "min_p", "prune_share"):
+    if r[key] > 1:
+      raise UserError(f"config.rollout.{key} = {r[key]}: must be at most 1")
+  if r.allocation_low > r.allocation_high:
+    raise UserError(
+      f"config.rollout.allocation_low = {r.allocation_low} is above config.rollout.allocation_high "
+      f"= {r.allocation_high}: a descending schedule is allocation_schedule = 'descending'"
+    )
+  if r.fallback_windows and r.fallback != "random":
+    raise UserError(
+      f"config.rollout.fallback_windows = {r.fallback_windows} needs config.rollout.fallback = "
+      f"'random', not {r.fallback!r}: only its cuts are counted in windows"
+    )
+  longest = r.response_length or r.depth * r.segment
+  if r.min_length > longest:
+    raise UserError(
+      f"config.rollout.min_length = {r.min_length} is above the longest answer, {longest} tokens"
+    )
+  for key, most in (("initial", r.width), ("min_width", r.width)):
+    if r[key] > most:
+      raise UserError(
+        f"config.rollout.{key} = {r[key]} is above config.rollout.width = {most}: "
+        "a prompt has no more trajectories than that"
+      )
+  least = r.initial or r.width
+  if r.initial_max and not least <= r.initial_max <= r.width:
+    raise UserError(
+      f"config.rollout.initial_max = {r.initial_max}: must be 0, no draw, or lie between "
+      f"rollout.initial = {least} and rollout.width = {r.width}"
+    )
+  if r.branching_max and r.branching_max < r.branching:
+    raise UserError(
+      f"config.rollout.branching_max = {r.branching_max}: must be 0, no draw, or at least "
+      f"rollout.branching = {r.branching}"
+    )
+  if 0 < r.step_tokens < r.prompts * r.segment:
+    raise UserError(
+      f"config.rollout.step_tokens = {r.step_tokens} is less than a segment for each prompt: "
+      f"rollout.prompts * rollout.segment = {r.prompts * r.segment}"
+    )
 
 
 def _check_learn(c: ml_collections.ConfigDict) -> None:

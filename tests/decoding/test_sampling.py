@@ -17,7 +17,7 @@ FALSE_ALARM = 1e-4  # of a right sampler so many seeds fail
 @functools.cache
 def _draw(temperature: float, vocabulary: int):
   def run(logits, u):
-    token, _ = sampling.draw(logits, u, u[:, None], temperature, vocabulary)
+    token = sampling.draw(logits, u, u[:, None], temperature, vocabulary).token
     return token, sampling.log_prob(logits, token)
 
   return jax.jit(run)
@@ -134,8 +134,188 @@ def test_others_agree_where_they_draw_the_same(temperature):
   rows = np.broadcast_to(logits, (len(picked), SIZE))
   others = np.broadcast_to(u, (len(picked), len(u)))
   agree = jax.jit(lambda x, u, others: sampling.draw(x, u, others, temperature, VOCABULARY))
-  same = agree(rows, u[picked], others)[1]
+  same = agree(rows, u[picked], others).same
   np.testing.assert_array_equal(same, token[picked][:, None] == token[None])
+
+
+@functools.cache
+def _filtered(temperature: float, vocabulary: int, top_k: int, top_p: float, min_p: float):
+  def run(logits, u):
+    rows = jnp.broadcast_to(logits[None], (len(u), len(logits)))
+    none = jnp.zeros((len(u), 0))
+    drawn = sampling.draw(rows, u, none, temperature, vocabulary, top_k, top_p, min_p)
+    return drawn, sampling.sampled_log_prob(rows, drawn.token, drawn.norm, temperature)
+
+  return jax.jit(run)
+
+
+def filtered(logits, u, temperature=1.0, vocabulary=VOCABULARY, top_k=0, top_p=1.0, min_p=0.0):
+  """Returns what one row of logits gives for many u, and the log-probs under what was sampled."""
+  run = _filtered(temperature, vocabulary, top_k, top_p, min_p)
+  return jax.device_get(run(jnp.asarray(logits, jnp.float32), jnp.asarray(u, jnp.float32)))
+
+
+def filtered_law(logits, temperature, vocabulary=VOCABULARY, top_k=0, top_p=1.0, min_p=0.0):
+  """Returns the probability of every token, token by token in order of likelihood."""
+  chance = special.softmax(np.asarray(logits[:vocabulary], np.float64) / temperature)
+  order = np.argsort(-chance, kind="stable").tolist()
+  if top_k:
+    order = [i for i in order if chance[i] >= chance[order[min(top_k, len(order)) - 1]]]
+  left, before, kept = sum(chance[i] for i in order), 0.0, []
+  for i in order:
+    if before < top_p * left or chance[i] == chance[kept[-1]]:
+      kept.append(i)
+    before += chance[i]
+  kept = [i for i in kept if chance[i] >= min_p * chance[order[0]]]
+  law = np.zeros(len(logits))
+  law[kept] = chance[kept] / chance[kept].sum()
+  return law
+
+
+FILTERS: list[dict] = [
+  {"top_k": 1},
+  {"top_k": 20},
+  {"top_p": 0.8},
+  {"top_p": 0.05},
+  {"min_p": 0.1},
+  {"top_k": 40, "top_p": 0.9},
+  {"top_k": 15, "top_p": 0.95, "min_p": 0.1},
+  {"top_k": 1000, "top_p": 0.99},  # more than there are tokens
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_filtered_draws_pass_a_chi_square_test(filters):
+  count, temperature, logits = 20_000, 0.6, some_logits(7)
+  logits[VOCABULARY:] = 60.0  # padding
+  expected = count * filtered_law(logits, temperature, **filters)
+  u = np.random.default_rng(8).random(count).astype(np.float32)
+  drawn, _ = filtered(logits, u, temperature, **filters)
+  found = np.bincount(drawn.token, minlength=SIZE)
+  assert not found[expected == 0].any()
+  if np.count_nonzero(expected) == 1:
+    return
+  rare = expected < 5
+  pool = lambda x: np.append(x[~rare], x[rare].sum()) if expected[rare].sum() else x[~rare]
+  assert stats.chisquare(pool(found), pool(expected)).pvalue > FALSE_ALARM / len(FILTERS)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 3.0])
+@pytest.mark.parametrize("filters", [{}, *FILTERS], ids=str)
+def test_every_token_that_is_kept_has_its_share_of_the_unit_interval(filters, temperature):
+  logits, grid = some_logits(9), 20_000
+  logits[VOCABULARY:] = 60.0
+  expected = filtered_law(logits, temperature, **filters)
+  drawn, log_prob = filtered(logits, (np.arange(grid) + 0.5) / grid, temperature, **filters)
+  assert (np.diff(drawn.token) >= 0).all() and (drawn.token < VOCABULARY).all()
+  assert np.abs(np.bincount(drawn.token, minlength=SIZE) - grid * expected).max() < 1.1
+  np.testing.assert_allclose(log_prob, np.log(expected[drawn.token]), atol=2e-5)
+
+
+def test_log_probs_of_what_is_kept_sum_to_one():
+  logits = np.log([0.4, 0.3, 0.15, 0.1, 0.05])
+  u = np.linspace(0, 0.999, 50)
+  cases: list[tuple[dict, list[int]]] = [
+    ({}, [0, 1, 2, 3, 4]),
+    ({"top_k": 3}, [0, 1, 2]),
+    ({"top_p": 0.69}, [0, 1]),
+    ({"top_p": 0.71}, [0, 1, 2]),
+    ({"min_p": 0.2}, [0, 1, 2, 3]),
+    ({"top_k": 3, "top_p": 0.8}, [0, 1]),  # 0.7 / 0.85 of what the first filter leaves
+    ({"top_p": 0.99, "min_p": 0.5}, [0, 1]),
+  ]
+  for filters, kept in cases:
+    drawn, log_prob = filtered(logits, u, vocabulary=5, **filters)
+    found = dict(zip(drawn.token.tolist(), log_prob.tolist(), strict=True))
+    assert sorted(found) == kept
+    assert sum(np.exp(list(found.values()))) == pytest.approx(1, abs=1e-6)
+
+
+def test_equals_stay_or_go_together():
+  logits = np.log([0.1, 0.25, 0.25, 0.25, 0.15])
+  u = np.linspace(0, 0.999, 200)
+  cases: list[dict] = [{"top_k": 1}, {"top_k": 2}, {"top_p": 0.3}, {"top_p": 0.74}]
+  for filters in cases:
+    drawn, _ = filtered(logits, u, vocabulary=5, **filters)
+    assert set(drawn.token.tolist()) == {1, 2, 3}
+
+
+def test_a_known_token_that_was_not_kept_has_a_finite_log_prob():
+  @jax.jit
+  def run(logits):
+    drawn = sampling.draw(logits, jnp.zeros(1), jnp.zeros((1, 0)), 0.5, 3, 1)
+    return sampling.sampled_log_prob(logits, jnp.asarray([1]), drawn.norm, 0.5)
+
+  assert run(jnp.asarray([[2.0, 1.0, 0.0]])).tolist() == [-2.0]
+
+
+INTERVALS: list[tuple[float, dict]] = [
+  (1.0, {}),
+  (0.6, {}),
+  (3.0, {"top_k": 50}),
+  (0.9, {"top_k": 9, "top_p": 0.7}),
+]
+
+
+@pytest.mark.parametrize("size", [68, 1000, 151_936])
+@pytest.mark.parametrize(("temperature", "filters"), INTERVALS, ids=str)
+def test_numbers_inside_the_interval_draw_the_token(size, temperature, filters):
+  random = np.random.default_rng(size)
+  few, scales = (4, (3.0,)) if size > 1000 else (64, (1.0, 4.0))
+  for scale in scales:
+    logits = (scale * random.normal(size=size)).astype(np.float32)
+    logits[random.random(size) < 0.1] = -np.inf
+    first, log_prob = filtered(
+      logits, random.random(few), temperature, vocabulary=size - 3, **filters
+    )
+    assert (first.high - first.low >= np.exp(log_prob.astype(np.float64)) - 4e-6).all()
+    assert (0 <= first.low).all() and (first.low <= first.high).all() and (first.high <= 1).all()
+    wide = np.flatnonzero(first.high > first.low)
+    bits = lambda x, by: (np.float32(x).view(np.int32) + by).astype(np.int32).view(np.float32)
+    tried = []
+    for i in wide:
+      low, high = first.low[i], first.high[i]
+      steps = np.arange(12, dtype=np.int32)
+      near = np.concatenate([bits(low, steps), bits(high, -1 - steps)])
+      near = np.concatenate([near, low + (high - low) * random.random(8).astype(np.float32)])
+      tried += [(i, u) for u in near[(low <= near) & (near < high)]]
+    owner = np.array([i for i, _ in tried], int)
+    again, _ = filtered(
+      logits,
+      np.resize(np.array([u for _, u in tried], np.float32), few * 32),  # one size: one program
+      temperature,
+      vocabulary=size - 3,
+      **filters,
+    )
+    np.testing.assert_array_equal(again.token[: len(owner)], first.token[owner])
+    # numbers anywhere: those inside draw the token, those outside may
+    u = random.random(few * 32).astype(np.float32)
+    anywhere, _ = filtered(logits, u, temperature, vocabulary=size - 3, **filters)
+    inside = (first.low[:, None] <= u[None]) & (u[None] < first.high[:, None])
+    equal = first.token[:, None] == anywhere.token[None]
+    assert not (inside & ~equal).any()
+
+
+def test_the_interval_of_a_certain_token_is_everything():
+  greedy, log_prob = filtered(some_logits(3), [0.0, 0.4, 0.999], temperature=0.0)
+  assert greedy.low.tolist() == [0] * 3 and greedy.high.tolist() == [1] * 3
+  assert log_prob.tolist() == [0] * 3
+  only, _ = filtered(some_logits(3), [0.0, 0.4, 0.999], top_k=1)
+  assert only.low.tolist() == [0] * 3 and only.high.tolist() == [1] * 3
+
+
+def test_intervals_at_both_ends_reach_them():
+  logits = np.zeros(300)
+  drawn, _ = filtered(logits, [0.0, 0.99999], vocabulary=300)
+  assert drawn.token.tolist() == [0, 299]
+  assert drawn.low[0] == 0 and drawn.high[1] == 1
+
+
+def test_entropy_is_the_policys_at_temperature_one():
+  logits = np.stack([some_logits(i) for i in range(5)])
+  logits[1, ::3] = -np.inf
+  expected = [stats.entropy(special.softmax(row.astype(np.float64))) for row in logits]
+  np.testing.assert_allclose(sampling.entropy(jnp.asarray(logits)), expected, rtol=1e-5)
 
 
 IDS = np.array([0, 1, 7, 7, 2**31, 2**32 - 1], np.uint32)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from scipy import special
 
 from treepo_jax.decoding import pages as pages_lib
 from treepo_jax.decoding import segment as segment_lib
@@ -71,8 +73,7 @@ def model():
 
 
 @functools.cache
-def decoder(temperature: float):
-  settings = dataclasses.replace(SETTINGS, temperature=temperature)
+def decoder(settings: segment_lib.Settings):
   return jax.jit(functools.partial(segment_lib.decode, graph=model()[0], settings=settings))
 
 
@@ -98,6 +99,25 @@ def forward(paths: list[list[int]]) -> np.ndarray:
   """Returns log p of each token but the first of each path, by one plain forward."""
   tokens = np.array([path + [0] * (LONGEST - len(path)) for path in paths], np.int32)
   return np.asarray(_forward()(model()[1], tokens, np.array([len(path) for path in paths])))
+
+
+@functools.cache
+def _every():
+  graph = model()[0]
+
+  def run(params, tokens, length):
+    positions = jnp.broadcast_to(jnp.arange(LONGEST), tokens.shape)
+    end = jnp.broadcast_to(length[:, None], tokens.shape)
+    hidden = transformer.hidden(graph, params, tokens, positions, end)
+    return nnx.merge(graph, params).logits(hidden)
+
+  return jax.jit(run)
+
+
+def every_logit(paths: list[list[int]]) -> np.ndarray:
+  """Returns the logits of what follows each token of each path, by one plain forward."""
+  tokens = np.array([path + [0] * (LONGEST - len(path)) for path in paths], np.int32)
+  return np.asarray(_every()(model()[1], tokens, np.array([len(path) for path in paths])))
 
 
 @dataclasses.dataclass
@@ -170,20 +190,23 @@ class Garden:
     fields["prompt_id"] = rows["prompt_id"].astype(np.uint32)
     return jax.device_get(segment_lib.Rows(**jax.tree.map(jnp.asarray, fields)))
 
-  def decode(self, rows: segment_lib.Rows, unroll: bool = False, temperature: float = 1.0):
+  def decode(self, rows: segment_lib.Rows, unroll: bool = False, **changes):
     params, key = model()[1], jax.random.key(7)
     layers = transformer.unstack(params) if unroll else None
-    return jax.device_get(decoder(temperature)(self.pool, rows, params, layers, TABLE, key))
+    run = decoder(dataclasses.replace(SETTINGS, **changes))
+    return jax.device_get(run(self.pool, rows, params, layers, TABLE, key))
 
 
-def stopping_at(parent: Node, tokens: list[int]) -> tuple[int, int, int]:
+def stopping_at(
+  parent: Node, tokens: list[int], eos_ids=EOS_IDS, stop_at="box", blind=False
+) -> tuple[int, int, int]:
   """Returns (length, stop, state) that these tokens must have, token by token."""
   state = parent.state
   for i, token in enumerate(tokens):
     state = int(TABLE[state, token])
-    if token in EOS_IDS:
+    if token in eos_ids and not (blind and (i == 0 or len(eos_ids) > 1)):
       return i + 1, segment_lib.AT_EOS, state
-    if state == CLOSED:
+    if state == CLOSED and stop_at == "box":
       return i + 1, segment_lib.AT_ANSWER, state
   return len(tokens), segment_lib.CONTINUES, state
 
@@ -247,7 +270,9 @@ def test_rows_stop_where_they_must_and_write_nothing_beyond():
         assert n == SEGMENT or expected[1] != segment_lib.CONTINUES
         seen.append((expected[1], parent.state, tokens[-1]))
       beyond = np.arange(SEGMENT) >= segment.length[..., None]
-      assert not segment.tokens[beyond].any() and not segment.log_probs[beyond].any()
+      for name in ("tokens", "log_probs", "sampled_log_probs", "low", "high"):
+        assert not segment[name][beyond].any(), name
+      assert not segment.entropy.any()  # not asked for
   assert {token for stop, _, token in seen if stop == segment_lib.AT_EOS} == set(EOS_IDS)
   # some box was opened in the segment before
   assert any(stop == segment_lib.AT_ANSWER and state == 1 for stop, state, _ in seen)
@@ -362,8 +387,90 @@ def test_known_tokens_are_taken_and_the_rest_drawn_as_before():
   for name in ("tokens", "length", "stop", "state"):
     np.testing.assert_array_equal(found[name], whole[name], name)
   np.testing.assert_allclose(found.log_probs, whole.log_probs, atol=1e-5)
+  np.testing.assert_allclose(found.sampled_log_probs, whole.sampled_log_probs, atol=1e-5)
+  for name in ("low", "high"):  # of a token that was not drawn here nothing is said
+    expected = np.where(known, 0, whole[name])
+    np.testing.assert_allclose(found[name], expected, atol=1e-5)
   other = np.where(known, (whole.tokens + 1) % 50, 3)  # other tokens are taken too
   _, found = garden.decode(changed(rows, given=given, tokens=other))
   taken = known & (np.arange(SEGMENT) < found.length[..., None])
   np.testing.assert_array_equal(found.tokens[taken], other[taken])
   assert taken.sum() > 3
+
+
+SAMPLED: list[dict] = [
+  {"temperature": 0.7, "top_k": 5, "top_p": 0.9},
+  {"temperature": 1.3, "min_p": 0.2},
+  {"vocabulary": ARCH.vocab_size, "eos_ids": ()},  # the policy itself
+  {"temperature": 0.0},
+]
+
+
+@pytest.mark.parametrize("changes", SAMPLED, ids=str)
+def test_log_probs_and_entropy_are_those_of_the_laws_they_name(changes):
+  garden = Garden(8)
+  parents: list[list[Node | None]] = [[root] * MEMBERS for root in garden.roots]
+  rows = garden.rows(parents, 0)
+  _, segment = garden.decode(rows, entropy=True, **changes)
+  at = [*zip(*np.nonzero(rows.live), strict=True)]
+  said = [segment.tokens[i][: segment.length[i]].tolist() for i in at]
+  paths = [garden.roots[g].path for g, _ in at]
+  logits = every_logit([p + s for p, s in zip(paths, said, strict=True)]).astype(np.float64)
+  settings = dataclasses.replace(SETTINGS, **changes)
+  dropped = 0
+  for i, path, tokens, row in zip(at, paths, said, logits, strict=True):
+    n, row = len(tokens), row[len(path) - 1 :][: len(tokens)]
+    raw = special.log_softmax(row, -1)
+    each = np.arange(n)
+    np.testing.assert_allclose(segment.log_probs[i][:n], raw[each, tokens], atol=1e-5)
+    np.testing.assert_allclose(segment.entropy[i], -(np.exp(raw) * raw).sum(), rtol=1e-4)
+    heat = settings.temperature or 1e-9
+    chance = special.softmax(row[:, : settings.vocabulary] / heat, -1)
+    first = -np.sort(-chance, -1)
+    if settings.top_k:
+      chance = np.where(chance >= first[:, settings.top_k - 1, None], chance, 0)
+      first = -np.sort(-chance, -1)
+    if settings.top_p < 1:
+      share = np.cumsum(first, -1) / first.sum(-1, keepdims=True)
+      least = first[each, (share < settings.top_p).sum(-1)]
+      chance = np.where(chance >= least[:, None], chance, 0)
+    chance = np.where(chance >= settings.min_p * first[:, :1], chance, 0)
+    dropped += (chance == 0).sum()
+    expected = np.log(chance[each, tokens] / chance.sum(-1))
+    np.testing.assert_allclose(segment.sampled_log_probs[i][:n], expected, atol=2e-5)
+    width = segment.high[i][:n] - segment.low[i][:n]
+    np.testing.assert_allclose(width, np.exp(expected), atol=5e-6)
+  assert dropped or settings.is_raw(ARCH.vocab_size) == (settings.temperature == 1)
+  assert settings.is_raw(ARCH.vocab_size) == ("vocabulary" in changes)
+  if settings.is_raw(ARCH.vocab_size):
+    np.testing.assert_array_equal(segment.sampled_log_probs, segment.log_probs)
+
+
+@pytest.mark.parametrize("stop_at", ["box", "segment", "eos"])
+@pytest.mark.parametrize("blind", [False, True])
+@pytest.mark.parametrize("eos_ids", [EOS_IDS, (5,)])
+def test_rows_stop_as_the_settings_say(stop_at, blind, eos_ids):
+  garden, reached = Garden(9), set()
+  for wave in range(4):
+    parents: list[list[Node | None]] = [[root] * MEMBERS for root in garden.roots]
+    for row in parents:  # as if a box were open, so that some close
+      row[0] = dataclasses.replace(row[0], state=1) if row[0] else None
+    rows = garden.rows(parents, wave)
+    # the first token is often one that ends
+    tokens = np.full((GROUPS, MEMBERS, SEGMENT), 8 if wave % 2 else 5)
+    given = np.array([[1, 0, 1]] * GROUPS)
+    rows = changed(rows, tokens=tokens, given=given)
+    _, segment = garden.decode(rows, stop_at=stop_at, blind_eos=blind, eos_ids=eos_ids)
+    for g, m in np.ndindex(GROUPS, MEMBERS):
+      parent, n = parents[g][m], int(segment.length[g, m])
+      assert parent is not None
+      said = segment.tokens[g, m, :n].tolist()
+      expected = stopping_at(parent, said, eos_ids, stop_at, blind)
+      assert (n, segment.stop[g, m], segment.state[g, m]) == expected
+      assert n == SEGMENT or expected[1] != segment_lib.CONTINUES
+      reached |= {(expected[1], n == 1), ("closed", bool(segment.state[g, m] == CLOSED))}
+  seen = len(eos_ids) == 1 or not blind
+  assert ((segment_lib.AT_EOS, False) in reached) == seen
+  assert ((segment_lib.AT_EOS, True) in reached) == (not blind)
+  assert ((segment_lib.AT_ANSWER, True) in reached) == (stop_at == "box")
+  assert ("closed", True) in reached

@@ -126,6 +126,7 @@ def forest(trajectories, lengths=None):
     prompt_id=jnp.arange(b, dtype=jnp.uint32),
     tokens=empty.astype(jnp.int32),
     log_probs=empty,
+    sampled_log_probs=empty,
     length=jnp.asarray(length),
     parent=jnp.asarray(parent),
     depth=jnp.asarray(depth),

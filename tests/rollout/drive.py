@@ -1,5 +1,6 @@
 """Drives the state of growing trees without a model: every segment is written by hand."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -10,11 +11,13 @@ import numpy as np
 from tests import rollout_oracle as oracle
 from treepo_jax.decoding import pages as pages_lib
 from treepo_jax.decoding import segment as segment_lib
+from treepo_jax.rollout import branching, fallback, planning, pruning
 from treepo_jax.rollout import growth as growth_lib
 from treepo_jax.rollout import tree as tree_lib
 
-# (prompt_id, row, depth) -> (length, None | "eos" | "answer" | "repetition")
-Script = Callable[[int, int, int], tuple[int, str | None]]
+# (prompt_id, row, depth) -> (length, None | "eos" | "answer" | "repetition"), and where the text
+# loops besides a third entry, True
+Script = Callable[[int, int, int], tuple]
 
 STATUS = {
   "open": tree_lib.OPEN,
@@ -24,38 +27,64 @@ STATUS = {
   "length": tree_lib.LENGTH,
   "depth": tree_lib.DEPTH,
   "repetition": tree_lib.REPETITION,
+  "short": tree_lib.SHORT,
+  "pruned": tree_lib.PRUNED,
 }
 STOP = {"eos": segment_lib.AT_EOS, "answer": segment_lib.AT_ANSWER}
 
 
+CLOSED = 100  # state of the box automaton
+
+DEFAULTS = {"width": 8, "depth": 4, "segment": 4, "initial": 2, "remainder": "last"}
+FLAT = {"prompt_length": 6, "repetition_window": 2, "repetition_count": 2, "page": 2, "group": 4}
+FALLBACK = {"place": "fallback", "source": "fallback_from"}
+FALLBACK |= {name: f"fallback_{name}" for name in ("window", "windows", "block", "least")}
+
+
+def rules(**changes) -> oracle.Rules:
+  """Returns small rules of a rollout."""
+  return oracle.Rules(**(DEFAULTS | changes))
+
+
 def settings(*, prompts: int = 1, **changes) -> growth_lib.Settings:
-  """Returns small settings; `pages` counts trees here, by default one for every prompt."""
+  """Returns small settings of `rules` and others; `pages` counts trees, as many as prompts."""
   trees = changes.pop("pages", prompts)
-  segment = changes.pop("segment", 4)
-  decoder = segment_lib.Settings(
-    segment=segment, temperature=1.0, vocabulary=2**31 - 1, eos_ids=(), closed=-1
+  draw = changes.pop("initial_draw", "prompt")
+  names = {field.name for field in dataclasses.fields(oracle.Rules)}
+  r = rules(**{name: changes.pop(name) for name in names & set(changes)})
+  same = lambda policy, **others: policy(
+    **{f.name: getattr(r, f.name) for f in dataclasses.fields(policy) if f.name not in others},
+    **others,
   )
-  values = {
-    "width": 8,
-    "depth": 4,
-    "branching": 2,
-    "initial": 2,
-    "remainder": "last",
-    "fallback": "random",
-    "prompt_length": 6,
-    "repetition_window": 2,
-    "repetition_count": 2,
-    "page": 2,
-    "group": 4,
-    "merge": False,
-  } | changes
-  values = {
-    "initial_max": values["initial"],
-    "response_length": values["depth"] * segment,
-    "groups": prompts * -(-values["width"] // values["group"]),
-  } | values
-  shape = growth_lib.Settings(decoder=decoder, pages=0, unroll=False, **values)
-  return growth_lib.Settings(**(vars(shape) | {"pages": trees * shape.pages_of_tree}))
+  group = (FLAT | changes)["group"]
+  values = {"groups": prompts * -(-r.width // group), "merge": False} | FLAT | changes
+  shape = growth_lib.Settings(
+    width=r.width,
+    depth=r.depth,
+    branch=same(
+      branching.Policy,
+      branching_max=max(r.branching, r.branching_max),
+      initial_max=max(r.initial, r.initial_max),
+      initial_draw=draw,
+    ),
+    fallback=fallback.Policy(**{own: getattr(r, name) for own, name in FALLBACK.items()}),
+    prune=pruning.Policy(value=r.prune, share=r.prune_share, keep=r.prune_keep),
+    response_length=r.longest,
+    repetition_first=r.repetition_first,
+    min_length=r.min_length,
+    decoder=segment_lib.Settings(
+      segment=r.segment,
+      temperature=1.0,
+      vocabulary=2**31 - 1,
+      eos_ids=(),
+      closed=CLOSED,
+      stop_at=r.stop_at,
+    ),
+    pages=0,
+    unroll=False,
+    **values,
+  )
+  return dataclasses.replace(shape, pages=trees * shape.pages_of_tree)
 
 
 def token(prompt_id: int, row: int, step: int) -> int:
@@ -87,20 +116,45 @@ def in_pairs(script: Script) -> Script:
   return lambda name, row, depth: script(name, row // 2, depth)
 
 
+def boxed(prompt_id: int, row: int) -> bool:
+  """Returns whether a box has closed where a node ends; nearly half of the nodes say so."""
+  return token(prompt_id, row, 98) % 5 < 2
+
+
 def state(prompt_id: int, row: int) -> int:
   """Returns where the automaton stands after a node."""
-  return token(prompt_id, row, 99) % 100 if row else 0
+  return CLOSED if row and boxed(prompt_id, row) else token(prompt_id, row, 99) % 100 if row else 0
 
 
-def hazards(segment: int) -> Script:
+def log_probs(prompt_id: int, row: int, length: int) -> list[float]:
+  """Returns the log-prob of each token; sums of them are exact in float32."""
+  return [-(token(prompt_id, row, 200 + i) % 192 + 1) / 64 for i in range(length)]
+
+
+def entropy(prompt_id: int, row: int) -> float:
+  """Returns the mean entropy of a node's tokens."""
+  return token(prompt_id, row, 97) % 256 / 64
+
+
+def reward(prompt_id: int, row: int) -> float:
+  return 1.0 if token(prompt_id, row, 96) % 3 == 0 else -1.0
+
+
+def hazards(segment: int, shape: growth_lib.Settings | None = None) -> Script:
   """Returns a script that ends paths at random, most of them in the same wave or none at all."""
+  boxes = shape is None or shape.decoder.stop_at == "box"  # rows stop where one closes
+  # Where a cut may lie inside a loop, what is left of it may loop still.
+  cuts = shape.fallback if shape else None
+  loops = cuts is None or (cuts.place not in ("log_prob", "block", "inverse_block")) & (
+    cuts.window % segment == 0
+  )
 
   def script(name: int, row: int, depth: int) -> tuple[int, str | None]:
     draw = lambda purpose, n: token(name, row, 1000 + purpose) % n
     last = 1 + name // 5 % 4  # of prompts 4, 9, .. every path ends there, of 0, 5, .. none does
     if draw(0, 100) >= (0, 20, 50, 85, 100 * (depth >= last))[name % 5]:
       return segment, None
-    why = ("eos", "answer", "eos", "repetition")[draw(1, 4)]
+    why = ("eos", "answer" if boxes else "eos", "eos", "repetition" if loops else "eos")[draw(1, 4)]
     return (segment if why == "repetition" else 1 + draw(2, segment)), why
 
   return script
@@ -108,13 +162,14 @@ def hazards(segment: int) -> Script:
 
 @functools.cache
 def programs(shape: growth_lib.Settings, layers: int = 1):
-  """Returns create and advance, compiled."""
+  """Returns create, store and plan, compiled."""
 
   def create(tokens, length, identity, real):
     pool = pages_lib.create(layers, shape.pages, 1, shape.page, 1, jnp.float32)
     return growth_lib.create(tokens, length, identity, real, shape=shape, pool=pool)
 
-  return jax.jit(create), jax.jit(functools.partial(growth_lib.advance, shape=shape))
+  store = jax.jit(functools.partial(growth_lib.store, shape=shape))
+  return jax.jit(create), store, jax.jit(functools.partial(planning.advance, shape=shape))
 
 
 def run(
@@ -125,9 +180,10 @@ def run(
   lengths: list[int] | None = None,
   real: list[bool] | None = None,
   seed: int = 0,
+  heat: float = 1.0,
 ) -> Iterator[tuple[growth_lib.Growth, np.ndarray]]:
   """Yields the state on the host after each planning, with what the host is told; last: the end."""
-  create, advance = programs(shape)
+  create, store, plan = programs(shape)
   tokens = np.zeros((len(ids), shape.prompt_length), np.int32)
   lengths = lengths or [3] * len(ids)
   for b, n in enumerate(lengths):
@@ -140,11 +196,28 @@ def run(
   )
   segment = segment_lib.nothing((shape.groups, shape.group), shape.decoder.segment, shape.followers)
   while True:
-    growth, need = jax.device_get(advance(growth, segment, jax.random.key(seed)))
+    growth = jax.device_get(store(growth, segment))
+    leaves = growth.tree.leaves
+    earned = [
+      [reward(i, row) if row > 0 else 0.0 for row in own]
+      for i, own in zip(ids, leaves.tolist(), strict=True)
+    ]
+    earned = np.array(earned, np.float32)
+    growth, need = jax.device_get(plan(growth, jax.random.key(seed), np.float32(heat), earned))
     yield growth, need
     if not need[3]:
       return
     segment = write(growth, script)
+
+
+def began(script: Script, name: int, row: int, depth: int, given: int) -> tuple:
+  """Returns what the script says of a node whose first tokens are given: more than those."""
+  length, why, *loops = script(name, row, depth)
+  if given and why == "repetition":
+    why = None  # no room to loop in
+  if given >= length:
+    length = given + 1
+  return length, why, *(loops if not given else [])
 
 
 def write(growth: growth_lib.Growth, script: Script) -> segment_lib.Segment:
@@ -158,16 +231,20 @@ def write(growth: growth_lib.Growth, script: Script) -> segment_lib.Segment:
     b, row = int(slots.tree[at]), int(slots.node[at])
     name = int(tree.prompt_id[b])
     depth = int(tree.depth[b, row])
-    length, why = script(name, row, depth)
-    said = written(name, row, length, why, merges(growth))
+    given = 0 if merges(growth) else int(growth.paths.given[b, row])
+    length, why, *_ = began(script, name, row, depth, given)
+    said = tree.tokens[b, row, :given].tolist()
+    said += written(name, row, length, why, merges(growth))[given:]
     out.tokens[at][:length] = said
     for f, other in enumerate(slots.followers[at].tolist()):
       if other != tree_lib.NO_ROW:
         twin = row // 2 == other // 2
-        also = written(name, other, *script(name, other, depth), merged=True)
+        also = written(name, other, *script(name, other, depth)[:2], merged=True)
         common = [a == b for a, b in zip(said, also, strict=False)] + [False]
         out.agreed[at][f] = length if twin else min(common.index(False), length - 1)
-    out.log_probs[at][:length] = -np.arange(1, length + 1) - row
+    out.log_probs[at][:length] = log_probs(name, row, length)
+    out.sampled_log_probs[at][:length] = log_probs(name, row, length)
+    out.entropy[at] = entropy(name, row) * length
     out.length[at] = length
     out.state[at] = state(name, row)
     out.stop[at] = STOP[why] if why in STOP else segment_lib.CONTINUES
@@ -189,77 +266,98 @@ def check_shape(growth: growth_lib.Growth, b: int, expected: dict) -> None:
   assert leaves == (expected["leaves"] + [-1] * len(leaves))[: len(leaves)]
 
 
-def check_texts(growth: growth_lib.Growth, b: int, script: Script) -> None:
+def check_texts(growth: growth_lib.Growth, b: int, script: Script, expected: dict) -> None:
   """Asserts that every node of tree b holds what was written for it and nothing beyond."""
   tree = jax.tree.map(lambda x: x[b], growth.tree)
-  name = int(tree.prompt_id)
+  name, texts, logs = int(tree.prompt_id), {}, {}
   for row in range(tree.parent.shape[0]):
     n = int(tree.length[row])
-    _, why = script(name, row, int(tree.depth[row])) if n else (0, None)
-    assert tree.tokens[row, :n].tolist() == written(name, row, n, why, merges(growth))
-    assert not tree.tokens[row, n:].any() and not tree.log_probs[row, n:].any()
+    given = expected["given"][row] if row < tree.size else 0
+    why = began(script, name, row, int(tree.depth[row]), given)[1] if n else None
+    guide = expected["guide"][row] if given else 0
     twin = int(growth.paths.twin[b, row])
-    teller = row if twin == tree_lib.NO_ROW else twin
-    assert tree.log_probs[row, :n].tolist() == [-i - teller for i in range(1, n + 1)]
+    texts[row] = written(name, row, n, why, merges(growth))
+    if given:
+      texts[row][:given] = texts[guide][:given]
+    logs[row] = logs[twin] if twin != tree_lib.NO_ROW else log_probs(name, row, n)
+    copied = int(growth.paths.given[b, row])
+    if copied and twin == tree_lib.NO_ROW:
+      logs[row][:copied] = logs[int(growth.paths.guide[b, row])][:copied]
+    assert tree.tokens[row, :n].tolist() == texts[row]
+    assert tree.log_probs[row, :n].tolist() == logs[row]
+    assert not tree.tokens[row, n:].any() and not tree.log_probs[row, n:].any()
     assert twin == tree_lib.NO_ROW or (twin < row and twin // 2 == row // 2)
 
 
-def observed(growth: growth_lib.Growth, b: int, branching: int):
-  """Returns shuffle and cut as they were drawn for tree b, each checked to be possible."""
-  tree = jax.tree.map(lambda x: x[b], growth.tree)
+def rules_of(shape: growth_lib.Settings, heat: float) -> oracle.Rules:
+  """Returns the rules that settings were made of."""
+  names = {field.name for field in dataclasses.fields(oracle.Rules)}
+  return oracle.Rules(
+    **{name: value for name, value in vars(shape.branch).items() if name in names},
+    width=shape.width,
+    **{name: getattr(shape.fallback, own) for own, name in FALLBACK.items()},
+    prune=shape.prune.value,
+    prune_share=shape.prune.share,
+    prune_keep=shape.prune.keep,
+    segment=shape.decoder.segment,
+    stop_at=shape.decoder.stop_at,
+    depth=shape.depth,
+    response_length=shape.response_length,
+    repetition_first=shape.repetition_first,
+    min_length=shape.min_length,
+    allocation_temperature=heat,
+  )
 
-  def shuffle(row: int, leaves: list[int]) -> list[int]:
-    drawn = tree.source[row : tree.size : branching].tolist()
-    assert len(set(drawn)) == len(drawn) and set(drawn) <= set(leaves)
-    return drawn + [leaf for leaf in leaves if leaf not in drawn]
 
-  def cut(row: int, leaf: int, rows: list[int]) -> int:
-    if row >= tree.size:  # no room is left
-      return 0
-    kept = int(tree.parent[row])
-    assert kept in [0, *rows[:-1]]
-    return [0, *rows].index(kept)
+def draws(shape: growth_lib.Settings, name: int, seed: int):
+  """Returns the oracle's `draw`: the numbers that a tree is planned with."""
+  first, others = jax.device_get(_numbers(shape, np.uint32(name), seed))
 
-  return shuffle, cut
+  def draw(purpose: str, wave: int) -> list[float]:
+    return (others[purpose][wave] if wave else first[purpose][0]).tolist()
+
+  return draw
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _numbers(shape: growth_lib.Settings, name: jax.Array, seed: int):
+  key, waves = jax.random.key(seed), jnp.arange(200)
+  others = planning.draws(key, jnp.full(200, name), waves, shape.width)
+  return planning.first_draws(key, name[None], shape=shape), others
+
+
+def plant(shape: growth_lib.Settings, name: int, script: Script, *, seed=0, heat=1.0):
+  """Returns the oracle's tree of a prompt, wave by wave."""
+
+  def write(row: int, depth: int, given: int) -> dict:
+    length, why, *loops = began(script, name, row, depth, given)
+    said = {"length": length, "why": why, "boxed": boxed(name, row), "loops": any(loops)}
+    return said | {"log_probs": log_probs(name, row, length), "entropy": entropy(name, row)}
+
+  options = vars(rules_of(shape, heat))
+  judge = functools.partial(reward, name)
+  return oracle.grow(write, draw=draws(shape, name, seed), judge=judge, **options)
 
 
 def against_oracle(
-  shape: growth_lib.Settings, ids: list[int], script: Script, **options
+  shape: growth_lib.Settings, ids: list[int], script: Script, seed: int = 0, heat=1.0, **options
 ) -> tuple[growth_lib.Growth, dict[int, dict]]:
   """Grows trees beside the oracle, compares after every wave and returns (growth, oracle trees)."""
-  names = ("width", "branching", "depth", "response_length", "remainder", "fallback")
-  rules = {name: getattr(shape, name) for name in names}
-  grown, plants, waves = {}, {}, [0] * len(ids)
-  now: list[growth_lib.Growth] = []  # the state that draws are read from
-
-  def plant(b: int, first: int):
-    draws = lambda i: lambda *args: observed(now[0], b, shape.branching)[i](*args)
-    write = lambda row, depth: script(ids[b], row, depth)
-    return oracle.grow(
-      write,
-      **rules,
-      initial=first,
-      shuffle=draws(0),
-      cut=draws(1),
-    )
-
-  for growth, _ in run(shape, ids, script, **options):
-    now[:] = [growth]
+  plants = [plant(shape, name, script, seed=seed, heat=heat) for name in ids]
+  growth, grown, waves = None, {}, [0] * len(ids)
+  for growth, _ in run(shape, ids, script, seed=seed, heat=heat, **options):
     for b, wave in enumerate(growth.wave.tolist()):
       if wave == waves[b]:
         continue  # not admitted, between two parts of a wave, or done
       assert wave == waves[b] + 1
       waves[b] = wave
-      if wave == 1:
-        first = int((growth.tree.depth[b] == 1).sum())
-        assert shape.initial <= first <= shape.initial_max
-        plants[b] = plant(b, first)
       grown[b] = next(plants[b])
       check_shape(growth, b, grown[b])
-  for b, more in plants.items():
-    check_texts(growth, b, script)
-    assert next(more, None) is None, f"tree {b} is not complete"
-  return now[0], grown
+  assert growth is not None
+  for b, tree in grown.items():
+    check_texts(growth, b, script, tree)
+    assert next(plants[b], None) is None, f"tree {b} is not complete"
+  return growth, grown
 
 
 def held(growth: growth_lib.Growth) -> list[int]:

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from tests import rollout_oracle as oracle
+from tests.rollout.test_branching import POLICY
 from treepo_jax.rollout import fallback
 from treepo_jax.rollout import tree as tree_lib
 
@@ -36,19 +37,37 @@ def forest(ends: list[tuple[int, int]], width: int) -> tree_lib.Tree:
       row = int(tree.size) - 1
     tree = dataclasses.replace(tree, status=tree.status.at[row].set(status))
     leaves.append(row)
+  tree = dataclasses.replace(tree, length=(tree.depth > 0).astype(jnp.int32))
   return dataclasses.replace(tree, leaves=tree.leaves.at[: len(leaves)].set(jnp.array(leaves)))
 
 
 @functools.cache
-def _draws(branching: int):
-  run = functools.partial(fallback.random, branching=branching, most=DEPTH)
-  return jax.jit(jax.vmap(run, in_axes=(None, 0)))
+def _draws(branching: int, rules: fallback.Policy):
+  branch = dataclasses.replace(POLICY, branching=branching, branching_max=branching)
+
+  def run(tree, key, reward):
+    width = tree.leaves.shape[0]
+    draws = fallback.draw(key, width)
+    room = width - tree_lib.finished(tree)
+    cuts = fallback.regrow(tree, draws, reward, room, DEPTH, policy=rules, branch=branch)
+    return cuts.parent, cuts.source
+
+  return jax.jit(jax.vmap(run, in_axes=(None, 0, None)))
 
 
-def draws(tree: tree_lib.Tree, branching: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
+RANDOM = fallback.Policy(place="random", source="answered", window=0, windows=0, block=8, least=0)
+
+
+def draws(
+  tree: tree_lib.Tree, branching: int, count: int = 200, reward=None, **changes
+) -> tuple[np.ndarray, np.ndarray]:
   """Returns (parents, sources) of `count` fallbacks of the same tree, [count, W]."""
   keys = jax.random.split(jax.random.key(1), count)
-  parent, source = _draws(branching)(tree, keys)
+  earned = np.zeros(tree.leaves.shape[0], np.float32)
+  if reward is not None:
+    earned[: len(reward)] = reward
+  rules = dataclasses.replace(RANDOM, **changes)
+  parent, source = _draws(branching, rules)(tree, keys, earned)
   return np.asarray(parent), np.asarray(source)
 
 
@@ -119,3 +138,48 @@ def test_ancestors_at_a_depth():
   leaf = tree.leaves[0]
   found = fallback.ancestor_at(tree, jnp.full(6, leaf), jnp.arange(6), DEPTH)
   assert found.tolist() == path + [int(leaf)]
+
+
+def test_no_failed_trajectory_is_preferred_to_a_finished_one():
+  tree = forest([(2, LOOP), (2, ANSWER), (2, EOS), (2, tree_lib.DEPTH)], width=8)
+  leaves = tree.leaves[:4].tolist()
+  rank = {leaves[1]: 7, leaves[2]: 5, leaves[3]: 4, leaves[0]: 2}
+  _, strict = draws(tree, 1, 5, source="strict")  # published: the reverse of its name
+  assert strict[:, :4].tolist() == [[leaves[1], leaves[2], leaves[3], leaves[0]]] * 5
+  _, first = draws(tree, 1, 6000, source="finished_first")
+  names, count = np.unique(first[:, 0], return_counts=True)
+  expected = np.array([rank[n] for n in names.tolist()]) / 18
+  assert stats.chisquare(count, expected * 6000).pvalue > FALSE_ALARM
+
+
+def test_longer_trajectories_are_cut_sooner():
+  tree = forest([(1, ANSWER), (4, LENGTH), (5, EOS)], width=5)
+  _, found = draws(tree, 1, 6000, source="longest")
+  names, count = np.unique(found[:, 0], return_counts=True)
+  assert names.tolist() == tree.leaves[:3].tolist()
+  assert stats.chisquare(count, np.array([1, 4, 5]) * 600).pvalue > FALSE_ALARM
+
+
+def test_regrowing_prefers_where_rewards_disagree():
+  # Three trajectories each below two nodes: of one all are right, of the other one is.
+  tree = tree_lib.create(
+    jnp.ones((1, 1), jnp.int32), jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.uint32),
+    width=12, depth=DEPTH, segment=1,
+  )  # fmt: skip
+  tree = jax.tree.map(lambda x: x[0], tree)
+  tree = tree_lib.attach(tree, jnp.array([0, 0]), jnp.full(2, -1))
+  tree = tree_lib.attach(tree, jnp.array([1, 1, 1, 2, 2, 2]), jnp.full(6, -1))
+  leaves = jnp.arange(3, 9)
+  tree = dataclasses.replace(
+    tree,
+    length=tree.length.at[1:9].set(1),
+    status=tree.status.at[leaves].set(EOS),
+    leaves=tree.leaves.at[:6].set(leaves),
+  )
+  parents, sources = draws(tree, 2, 4000, reward=[1, 1, 1, 1, -1, -1], place="disagree")
+  names, count = np.unique(parents[:, 0], return_counts=True)
+  assert names.tolist() == [0, 1, 2]
+  spread = np.array([8 / 9, 0, 8 / 9]) + fallback.LEAST_SPREAD
+  assert stats.chisquare(count, spread / spread.sum() * 4000).pvalue > FALSE_ALARM
+  assert (parents[:, 0] == parents[:, 1]).all() and (parents[:, 6:] == -1).all()
+  assert (sources[parents == 2] == 6).all() and (sources[parents == 0] == 3).all()

@@ -399,7 +399,8 @@ def test_the_state_is_donated():
     assert state.pool.key.is_deleted() == state.pool.value.is_deleted()
     return state.pool.key.is_deleted() and state.tree.tokens.is_deleted()
 
-  new, _ = calls.advance(old, segment, key)
+  reward = np.zeros((1, len(prompts()), shape.width), np.float32)
+  new, _ = calls.advance(old, segment, reward, key, np.float32(1))
   assert gone(old) and not gone(new)
   old, new = new, calls.prefill(new, params, jnp.asarray(0))
   assert gone(old) and not gone(new)
@@ -423,13 +424,13 @@ def test_a_pool_that_holds_no_tree_is_named():
 
 def test_settings_are_those_of_the_config():
   shape = settings(response_length=9, initial=2, initial_max=5)
-  assert (shape.response_length, shape.initial, shape.initial_max) == (9, 2, 5)
+  assert (shape.response_length, shape.branch.initial, shape.branch.initial_max) == (9, 2, 5)
   assert settings().response_length == DEPTH * SEGMENT
   assert settings(response_length=50).response_length == 50  # then depth ends a trajectory
-  assert settings(stop_at_box=False).decoder.closed == -1
+  assert settings(stop_at="eos").decoder.stop_at == "eos"
   wide = grow.with_width(settings(initial=4, initial_max=6), samples=3, temperature=0.5)
-  assert (wide.width, wide.initial, wide.initial_max) == (3, 3, 3)
-  assert wide.decoder.temperature == 0.5 and wide.branching == 2
+  assert (wide.width, wide.branch.initial, wide.branch.initial_max) == (3, 3, 3)
+  assert wide.decoder.temperature == 0.5 and wide.branch.branching == 2
   alone = grow.sequential(settings(), samples=2, temperature=0.5)
-  assert (alone.width, alone.branching, alone.group) == (2, 1, 2)
-  assert alone.groups * alone.group == 64 and alone.fallback == "none"
+  assert (alone.width, alone.branch.branching, alone.group) == (2, 1, 2)
+  assert alone.groups * alone.group == 64 and alone.fallback.place == "none"

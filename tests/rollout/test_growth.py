@@ -109,6 +109,25 @@ SHAPES = {
   "wide": {"branching": 8, "initial": 3, "width": 16, "depth": 2, "group": 1},
   "cut short": {"response_length": 11, "width": 6, "depth": 4, "segment": 4, "page": 4},
   "one segment": {"depth": 1, "width": 5, "initial": 3, "response_length": 3},
+  "step tokens, longest first": {"step_paths": 5, "width": 11, "fallback_from": "longest"},
+  "response tokens": {"response_tokens": 90, "width": 12, "min_width": 4},
+  "by sum": {"allocation": "sum", "width": 12, "branching": 1, "branching_max": 4},
+  "by mean, high": {"allocation": "mean", "favour": "high", "width": 16, "branching": 3},
+  "by segment, windows": {"allocation": "segment", "width": 16, "fallback_window": 2},
+  "windows of three": {"fallback_window": 3, "fallback_windows": 2, "depth": 5},
+  "windows of six": {"fallback_window": 6, "depth": 5, "fallback_from": "any"},
+  "before the least likely": {"fallback": "log_prob", "fallback_from": "longest", "width": 12},
+  "blocks": {"fallback": "block", "fallback_block": 3, "fallback_from": "finished_first"},
+  "likely blocks": {"fallback": "inverse_block", "fallback_block": 5, "fallback_from": "strict"},
+  "from the start": {"fallback": "start", "fallback_from": "any", "branching_max": 5},
+  "where rewards disagree": {"fallback": "disagree", "width": 14, "branching_max": 3},
+  "boxes by segment": {"stop_at": "segment", "fallback_from": "boxed", "fallback_least": 6},
+  "boxes with EOS": {"stop_at": "eos", "repetition_first": True, "width": 12},
+  "no short ones": {"min_length": 6, "width": 12, "fallback_from": "finished_first"},
+  "no short ones, no fallback": {"min_length": 9, "fallback": "none"},
+  "pruned by log-prob": {"prune": "log_prob", "prune_share": 0.5, "prune_keep": 1, "width": 16},
+  "pruned by entropy": {"prune": "entropy", "prune_share": 0.25, "width": 16, "initial": 6},
+  "pruned by reward": {"prune": "reward", "prune_share": 0.5, "width": 16, "min_length": 5},
   "merged": {"merge": True, "width": 12, "initial": 4},
   "merged, few rows": {"merge": True, "width": 12, "initial": 5, "groups": 2, "group": 3},
 }
@@ -118,19 +137,26 @@ SHAPES = {
 def test_random_scripts_give_the_tree_of_the_oracle(name):
   prompts = 30
   shape = drive.settings(prompts=prompts, **SHAPES[name])
-  script = drive.in_pairs(drive.hazards(4)) if shape.merge else drive.hazards(4)
-  growth, trees = drive.against_oracle(shape, [*range(prompts)], script)
+  script = drive.hazards(4, shape)
+  script = drive.in_pairs(script) if shape.merge else script
+  heat = 0.5 if shape.branch.allocation == "sum" else 1.0
+  growth, trees = drive.against_oracle(shape, [*range(prompts)], script, heat=heat)
   tree = growth.tree
   assert (growth.paths.twin != tree_lib.NO_ROW).any() == shape.merge
   finished = (tree.leaves != tree_lib.NO_ROW).sum(1)
   assert growth.done.all() and (finished <= shape.width).all()
-  if shape.fallback == "random":
-    assert (finished == shape.width).all()
+  if shape.fallback.place != "none":
+    assert (finished == shape.width).all() or shape.spare or shape.branch.response_tokens
     assert shape.depth == 1 or sum(t["fallbacks"] > 0 for t in trees.values()) > 3
+  if shape.spare:
+    lost = tree.status >= tree_lib.SHORT
+    assert lost.any(1).sum() > 5
+    assert shape.fallback.place == "none" or finished.sum() > 0.8 * tree.leaves.size
   regrown = tree.source > 0
   b, row = np.nonzero(regrown)
   cut = np.asarray(tree.status)[b, tree.source[b, row]]
-  assert set(cut.tolist()) <= {tree_lib.EOS, tree_lib.ANSWER}
+  if shape.fallback.source == "answered" and shape.fallback.place != "disagree":
+    assert set(cut.tolist()) <= {tree_lib.EOS, tree_lib.ANSWER}
   reach = np.asarray(jax.vmap(tree_lib.ancestors)(tree.parent))
   assert reach[b, tree.source[b, row], tree.parent[b, row]].all()  # kept is of the source's path
   assert (tree.parent[b, row] != tree.source[b, row]).all()  # and not the whole of it
@@ -213,12 +239,14 @@ def test_a_loop_is_found_across_segments():
 
 def _with_tokens(shape, text):
   """Yields the state of trees whose paths all read text(b, position)."""
-  create, advance = drive.programs(shape)
+  create, store, plan = drive.programs(shape)
   ones = np.ones((2, shape.prompt_length), np.int32)
   growth = create(ones, np.full(2, 3, np.int32), np.arange(2, dtype=np.uint32), np.ones(2, bool))
   segment = segment_lib.nothing((shape.groups, shape.group), shape.decoder.segment, shape.followers)
+  nothing = np.zeros((2, shape.width), np.float32)
   while True:
-    growth, need = jax.device_get(advance(growth, segment, jax.random.key(0)))
+    growth, key = store(growth, segment), jax.random.key(0)
+    growth, need = jax.device_get(plan(growth, key, np.float32(1), nothing))
     yield growth
     if not need[3]:
       return

@@ -28,7 +28,9 @@ def _paths(trees: int, nodes: int, **changes) -> schedule.Paths:
   zero = np.zeros((trees, nodes), np.int32)
   pages = {"prompt": zero[:, :1], "pages": zero[..., None], "state": zero}
   bundles = {"twin": zero - 1, "guide": zero, "given": zero}
-  return schedule.Paths(**jax.tree.map(jnp.asarray, pages | bundles | changes))
+  none = np.zeros((trees, nodes, 1), np.float32)
+  shares = {"low": none, "high": none, "entropy": none[..., 0]}
+  return schedule.Paths(**jax.tree.map(jnp.asarray, pages | bundles | shares | changes))
 
 
 @given(

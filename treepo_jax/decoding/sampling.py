@@ -1,15 +1,18 @@
 """Logits to a token and its log-prob, with a draw that depends on identity alone.
 
-Axes: Q rows, V vocabulary.
+Axes: Q rows, V vocabulary, R other rows with the context of a row.
 """
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from treepo_jax import struct
+
 BLOCK = 128  # tokens of a block in the two-level inverse of the distribution function
+MARGIN = 1e-6  # of an interval's ends: several roundings of numbers up to 1 (6e-8 each)
 
 
 def row_keys(key: jax.Array, prompt_id: UInt32[Array, "*q"], node: Int[Array, "*q"]) -> jax.Array:
@@ -28,17 +31,45 @@ def uniform(keys: jax.Array, count: int) -> Float[Array, "s *q"]:
   return flat.reshape(count, *keys.shape)
 
 
-@functools.partial(jax.vmap, in_axes=(0, 0, 0, None, None))
+@struct.dataclass
+class Draw:
+  """What was drawn.
+
+  Attributes:
+    token: the token.
+    same: which of the others draw it too.
+    low, high: every uniform number in [low, high) draws the token from these logits. The interval
+      is narrower than the token's share by MARGIN at each end that is not an end of all numbers,
+      so that rounding cannot make it wrong: of numbers outside, the row's own among them, nothing
+      is said, and it is empty where the share is small.
+    norm: log of the sum of exp(logits / temperature) over all that can be drawn; 0 if greedy.
+  """
+
+  token: Int[Array, "*q"]
+  same: Bool[Array, "*q r"]
+  low: Float[Array, "*q"]
+  high: Float[Array, "*q"]
+  norm: Float[Array, "*q"]
+
+
 def draw(
-  logits: Float[Array, "v"],
-  uniform: Float[Array, ""],
-  others: Float[Array, "r"],
+  logits: Float[Array, "q v"],
+  uniform: Float[Array, "q"],
+  others: Float[Array, "q r"],
   temperature: float,
   vocabulary: int,
-) -> tuple[Int[Array, ""], Bool[Array, "r"]]:
-  """Returns a token drawn from softmax(logits / temperature), and which `others` draw the same.
+  top_k: int = 0,
+  top_p: float = 1.0,
+  min_p: float = 0.0,
+) -> Draw:
+  """Draws a token a row from softmax(logits / temperature) over the tokens that the filters keep.
 
   Temperature 0 is greedy: the likeliest token, the first of equals.
+
+  Filters, in the order of Hugging Face, after the temperature: top_k keeps the k likeliest tokens
+  (0: all); top_p of these the fewest, likeliest first, that have this share of their probability
+  (1: all); min_p of these all that are at least this share as likely as the likeliest (0: all).
+  What is as likely as the last that is kept is kept too, so equals stay or go together.
 
   Inverts the cumulative distribution: one uniform number a token instead of one a vocabulary
   entry (Gumbel's way). The inverse is taken in two levels, blocks and then tokens of the block, so
@@ -48,24 +79,82 @@ def draw(
   others: uniform numbers of rows that have the same context. Each draws this very token exactly
   where its number lies in the token's share of the unit interval, so no second draw is made.
   """
-  size = logits.shape[0]
-  index = jnp.arange(size)
-  if temperature:
-    scaled = jnp.where(index < vocabulary, logits / temperature, -jnp.inf)
-    weight = jnp.exp(scaled - scaled.max())
-  else:
-    best = jnp.argmax(jnp.where(index < vocabulary, logits, -jnp.inf))
-    weight = (index == best).astype(logits.dtype)
-  weight = jnp.pad(weight, (0, -size % BLOCK)).reshape(-1, BLOCK)
+
+  def one(logits, uniform, others):
+    index = jnp.arange(logits.shape[0])
+    within = jnp.where(index < vocabulary, logits, -jnp.inf)
+    if temperature:
+      scaled = within / temperature
+      top = scaled.max()
+      weight = _filtered(jnp.exp(scaled - top), top_k, top_p, min_p)
+    else:
+      weight = (index == jnp.argmax(within)).astype(logits.dtype)
+    result, total = _invert(weight, uniform, others)
+    return dataclasses.replace(result, norm=top + jnp.log(total)) if temperature else result
+
+  return jax.vmap(one)(logits, uniform, others)
+
+
+def _filtered(
+  weight: Float[Array, "v"], top_k: int, top_p: float, min_p: float
+) -> Float[Array, "v"]:
+  """Returns the weights, of which the largest is 1, with 0 where a filter drops the token."""
+  if top_k:
+    least = _threshold(weight, jnp.ones_like(weight), jnp.asarray(top_k, weight.dtype))
+    weight = jnp.where(weight >= least, weight, 0)
+  if top_p < 1:
+    weight = jnp.where(weight >= _threshold(weight, weight, top_p * weight.sum()), weight, 0)
+  if min_p:
+    weight = jnp.where(weight >= min_p * weight.max(), weight, 0)
+  return weight
+
+
+def _threshold(
+  weight: Float[Array, "v"], share: Float[Array, "v"], target: Float[Array, ""]
+) -> Float[Array, ""]:
+  """Returns the largest number in [0, 1] whose equals and betters have `target` shares together.
+
+  Found by halving: floats that are not negative have the order of their bits, so 30 passes over
+  the vocabulary do what a sort would, and exactly.
+  """
+  real = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+  def halve(_, ends):
+    low, high = ends
+    middle = low + (high - low + 1) // 2
+    enough = jnp.where(weight >= real(middle), share, 0).sum() >= target
+    return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+
+  ends = jnp.int32(0), jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32)
+  return real(jax.lax.fori_loop(0, 30, halve, ends)[0])
+
+
+def _invert(
+  weight: Float[Array, "v"], uniform: Float[Array, ""], others: Float[Array, "r"]
+) -> tuple[Draw, Float[Array, ""]]:
+  """Returns the token at `uniform` of the distribution function, and the weights' sum."""
+  weight = jnp.pad(weight, (0, -weight.shape[0] % BLOCK)).reshape(-1, BLOCK)
   mass = weight.sum(-1)
   upto = jnp.cumsum(mass)
-  block = _first(upto > uniform * upto[-1], mass)
+  total = upto[-1]
+  block = _first(upto > uniform * total, mass)
   inside, before = weight[block], upto[block] - mass[block]
   reached = jnp.cumsum(inside)
-  place = _first(reached > uniform * upto[-1] - before, inside)
-  target = others * upto[-1]
-  same = _is_first(block, upto, target, mass) & _is_first(place, reached, target - before, inside)
-  return (block * BLOCK + place).astype(jnp.int32), same
+  place = _first(reached > uniform * total - before, inside)
+  outer, inner = _span(block, upto, mass), _span(place, reached, inside)
+  target = others * total
+  lies = lambda x, span: (span[0] <= x) & (x < span[1])
+  low = jnp.maximum(outer[0], before + inner[0]) / total + MARGIN
+  high = jnp.minimum(outer[1], before + inner[1]) / total - MARGIN
+  low, high = jnp.maximum(low, 0), jnp.minimum(high, 1)
+  result = Draw(
+    token=(block * BLOCK + place).astype(jnp.int32),
+    same=lies(target, outer) & lies(target - before, inner),
+    low=low,
+    high=jnp.maximum(low, high),
+    norm=jnp.zeros_like(total),
+  )
+  return result, total
 
 
 @jax.vmap
@@ -74,14 +163,35 @@ def log_prob(logits: Float[Array, "v"], token: Int[Array, ""]) -> Float[Array, "
   return logits[token] - jax.nn.logsumexp(logits)
 
 
-def _is_first(
-  index: Int[Array, ""], upto: Float[Array, "n"], target: Float[Array, "r"], weight
-) -> Bool[Array, "r"]:
-  """Returns where `_first(upto > target, weight)` is index: the same comparisons, no search."""
+def sampled_log_prob(
+  logits: Float[Array, "q v"], token: Int[Array, "q"], norm: Float[Array, "q"], temperature: float
+) -> Float[Array, "q"]:
+  """Returns the token's log-prob under the distribution that was drawn from; norm: of its Draw.
+
+  Of a token that a filter drops by a hair of rounding, though another draw from the same context
+  gave it, what it would have if it were kept.
+  """
+  if not temperature:
+    return jnp.zeros_like(norm)
+  return jnp.take_along_axis(logits, token[:, None], 1)[:, 0] / temperature - norm
+
+
+@jax.vmap
+def entropy(logits: Float[Array, "v"]) -> Float[Array, ""]:
+  """Returns the entropy in nats at temperature 1, over all logits: the raw policy's."""
+  log_probs = jax.nn.log_softmax(logits)
+  chance = jnp.exp(log_probs)
+  return -jnp.where(chance > 0, chance * log_probs, 0).sum()
+
+
+def _span(
+  index: Int[Array, ""], upto: Float[Array, "n"], weight: Float[Array, "n"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  """Returns [low, high) of targets whose `_first(upto > target, weight)` is index; or infinite."""
   place, some = jnp.arange(weight.shape[0]), weight > 0
   low = jnp.max(jnp.where(some & (place < index), upto, -jnp.inf))
   last = jnp.max(jnp.where(some, place, 0))
-  return (low <= target) & ((target < upto[index]) | (index == last))
+  return low, jnp.where(index == last, jnp.inf, upto[index])
 
 
 def _first(beyond: Bool[Array, "n"], weight: Float[Array, "n"]) -> Int[Array, ""]:

@@ -36,7 +36,18 @@ class Settings:
   temperature: float
   vocabulary: int  # tokens of the tokenizer; logits beyond are never drawn
   eos_ids: tuple[int, ...]
-  closed: int  # automaton state of a closed \\boxed{...}; -1: do not stop there
+  closed: int  # automaton state of a closed \\boxed{...}
+  top_k: int = 0  # filters of what is drawn (sampling.draw)
+  top_p: float = 1.0
+  min_p: float = 0.0
+  stop_at: str = "box"  # "box": a row stops where its box closes | "segment", "eos": it does not
+  blind_eos: bool = False  # published: EOS is missed as a segment's first token, or one of many
+  entropy: bool = False  # sum up the policy's entropy
+
+  def is_raw(self, size: int) -> bool:
+    """Returns whether tokens are drawn from the softmax of all `size` logits as they are."""
+    filtered = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+    return self.temperature == 1 and self.vocabulary >= size and not filtered
 
 
 @struct.dataclass
@@ -79,7 +90,11 @@ class Segment:
   """What was decoded.
 
   Attributes:
-    tokens, log_probs: of the sampled tokens, 0 beyond length.
+    tokens, log_probs: of the sampled tokens, 0 beyond length; log-probs at temperature 1.
+    sampled_log_probs: the same under the distribution that was drawn from, with its temperature
+      and filters.
+    low, high: uniform numbers that draw a token, [low, high) (sampling.Draw); 0 where it is given.
+    entropy: sum over the tokens of the policy's entropy at temperature 1, if Settings.entropy.
     length: tokens sampled; 0 for rows not in use.
     state: automaton state at the end.
     stop: CONTINUES, AT_EOS or AT_ANSWER.
@@ -91,6 +106,10 @@ class Segment:
 
   tokens: Int[Array, "g m s"]
   log_probs: Float[Array, "g m s"]
+  sampled_log_probs: Float[Array, "g m s"]
+  low: Float[Array, "g m s"]
+  high: Float[Array, "g m s"]
+  entropy: Float[Array, "g m"]
   length: Int[Array, "g m"]
   state: Int[Array, "g m"]
   stop: Int[Array, "g m"]
@@ -107,6 +126,10 @@ def nothing(shape: tuple[int, int], segment: int, followers: int) -> Segment:
   return Segment(
     tokens=none.astype(jnp.int32),
     log_probs=none,
+    sampled_log_probs=none,
+    low=none,
+    high=none,
+    entropy=jnp.zeros(shape),
     length=zero,
     state=zero,
     stop=zero,
@@ -160,33 +183,51 @@ def decode(
       model, layers, last, rows.position + step, context, own, step
     )
     logits = model.logits(hidden).reshape(-1, model.arch.vocab_size)
-    drawn, same = sampling.draw(
-      logits, noise[step, :, 0], noise[step, :, 1:], settings.temperature, settings.vocabulary
+    drawn = sampling.draw(
+      logits,
+      noise[step, :, 0],
+      noise[step, :, 1:],
+      settings.temperature,
+      settings.vocabulary,
+      settings.top_k,
+      settings.top_p,
+      settings.min_p,
     )
     known = step < rows.given
-    token = jnp.where(known, rows.tokens[..., step], drawn.reshape(shape))
-    log_prob = sampling.log_prob(logits, token.reshape(-1)).reshape(shape)
-    follow &= known[..., None] | same.reshape(follow.shape)
+    token = jnp.where(known, rows.tokens[..., step], drawn.token.reshape(shape))
+    flat = token.reshape(-1)
+    each = {
+      "tokens": token,
+      "low": jnp.where(known, 0, drawn.low.reshape(shape)),
+      "high": jnp.where(known, 0, drawn.high.reshape(shape)),
+    }
+    sampled = sampling.sampled_log_prob(logits, flat, drawn.norm, settings.temperature)
+    if raw:
+      each["log_probs"] = sampled.reshape(shape)
+    else:
+      each["sampled_log_probs"] = sampled.reshape(shape)
+      each["log_probs"] = sampling.log_prob(logits, flat).reshape(shape)
+    follow &= known[..., None] | drawn.same.reshape(follow.shape)
     state = jnp.where(alive, table[state, token].astype(jnp.int32), state)
-    eos = stopping.is_any(token, settings.eos_ids)
-    stop = jnp.where(eos, AT_EOS, jnp.where(state == settings.closed, AT_ANSWER, CONTINUES))
-    out = {
-      "tokens": out["tokens"].at[..., step].set(jnp.where(alive, token, 0)),
-      "log_probs": out["log_probs"].at[..., step].set(jnp.where(alive, log_prob, 0)),
+    stop = _stop(token, state, step, settings)
+    out = out | {
+      name: out[name].at[..., step].set(jnp.where(alive, x, 0)) for name, x in each.items()
+    }
+    out |= {
       "length": out["length"] + alive,
       "stop": jnp.where(alive, stop, out["stop"]),
       "agreed": out["agreed"] + (follow & alive[..., None]),
     }
+    if settings.entropy:
+      out["entropy"] += jnp.where(alive, sampling.entropy(logits).reshape(shape), 0)
     return step + 1, alive & (stop == CONTINUES), follow, token, state, own, out
 
+  raw = settings.is_raw(model.arch.vocab_size)
   empty = nothing(shape, settings.segment, rows.followers.shape[-1])
-  out = {
-    "tokens": empty.tokens,
-    "log_probs": empty.log_probs,
-    "length": empty.length,
-    "stop": empty.stop,
-    "agreed": empty.agreed,
-  }
+  names = ["tokens", "log_probs", "low", "high", "length", "stop", "agreed"]
+  names += [] if raw else ["sampled_log_probs"]
+  names += ["entropy"] if settings.entropy else []
+  out = {name: getattr(empty, name) for name in names}
   own = _buffers(pool, shape, settings.segment, unroll)
   follow = rows.followers != NO_ROW
   carry = (jnp.zeros((), jnp.int32), rows.live, follow, rows.last, rows.state, own, out)
@@ -194,7 +235,10 @@ def decode(
   length = out["length"].astype(jnp.float32)
   inner = (length * (length + 1) / 2).sum()
   group_tokens = visible.any(1).sum(-1).astype(jnp.float32)
-  segment = Segment(
+  if raw:
+    out["sampled_log_probs"] = out["log_probs"]
+  segment = dataclasses.replace(
+    empty,
     state=state,
     steps=steps,
     read_shared=(length.max(1) * group_tokens).sum() + inner,
@@ -230,6 +274,20 @@ def prefill(
     return x.reshape(n, b * pages.shape[1], page, k, d).swapaxes(2, 3)
 
   return pages_lib.write(pool, pages.reshape(-1), pack(cache[0]), pack(cache[1]))
+
+
+def _stop(
+  token: Int[Array, "g m"], state: Int[Array, "g m"], step: Int[Array, ""], settings: Settings
+) -> Int[Array, "g m"]:
+  """Returns why each row stops after its token of this step, or that it CONTINUES."""
+  ends = settings.eos_ids
+  if settings.blind_eos and len(ends) > 1:
+    ends = ()
+  eos = stopping.is_any(token, ends)
+  if settings.blind_eos:
+    eos &= step > 0
+  answer = (state == settings.closed) & (settings.stop_at == "box")
+  return jnp.where(eos, AT_EOS, jnp.where(answer, AT_ANSWER, CONTINUES))
 
 
 def _visible(rows: Rows, page: int) -> Bool[Array, "g m c"]:

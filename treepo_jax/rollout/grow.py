@@ -23,9 +23,13 @@ from treepo_jax.decoding import pages as pages_lib
 from treepo_jax.decoding import segment as segment_lib
 from treepo_jax.model import mesh as mesh_lib
 from treepo_jax.model import transformer
+from treepo_jax.rollout import branching, fallback, planning, pruning
 from treepo_jax.rollout import growth as growth_lib
 from treepo_jax.rollout import tree as tree_lib
 from treepo_jax.rollout.growth import Growth, Settings
+
+# (prompt's place, its answer's tokens) of trajectories to their rewards.
+Judge = Callable[[Sequence[tuple[int, list[int]]]], Sequence[float]]
 
 PREFILL = 16  # prompts a prefill call and shard at most
 LEAST_ROWS, LEAST_SHARED = 32, 2  # smaller programs would save less than their compilation costs
@@ -34,18 +38,39 @@ LEAST_ROWS, LEAST_SHARED = 32, 2  # smaller programs would save less than their 
 def settings(config, *, vocabulary: int, eos_ids: tuple[int, ...], closed: int) -> Settings:
   """Returns the static part of a rollout from a validated config and what the text layer knows."""
   r = config.rollout
+  paths = r.step_tokens // (r.prompts * r.segment)
+  least = r.initial or r.width
   return Settings(
     width=r.width,
     depth=r.depth,
-    branching=r.branching,
-    initial=r.initial or r.width,
-    initial_max=r.initial_max or r.initial or r.width,
-    remainder=r.remainder,
-    fallback=r.fallback,
+    branch=branching.Policy(
+      branching=r.branching,
+      branching_max=max(r.branching_max, r.branching),
+      initial=least,
+      initial_max=max(r.initial_max, least),
+      initial_draw=r.initial_draw,
+      step_paths=max(paths, 1) if r.step_tokens else 0,
+      response_tokens=r.response_tokens,
+      min_width=r.min_width,
+      allocation=r.allocation,
+      remainder=r.remainder,
+      favour=r.favour,
+    ),
+    fallback=fallback.Policy(
+      place=r.fallback,
+      source=r.fallback_from,
+      window=r.fallback_window,
+      windows=r.fallback_windows,
+      block=r.fallback_block,
+      least=r.fallback_least,
+    ),
+    prune=pruning.Policy(value=r.prune, share=r.prune_share, keep=r.prune_keep),
     prompt_length=r.prompt_length,
     response_length=r.response_length or r.depth * r.segment,
     repetition_window=r.repetition_window,
     repetition_count=r.repetition_count,
+    repetition_first=r.repetition_first,
+    min_length=r.min_length,
     page=r.page,
     groups=r.rows // r.group,
     group=r.group,
@@ -57,7 +82,13 @@ def settings(config, *, vocabulary: int, eos_ids: tuple[int, ...], closed: int) 
       temperature=r.temperature,
       vocabulary=vocabulary,
       eos_ids=eos_ids,
-      closed=closed if r.stop_at_box else -1,
+      closed=closed,
+      top_k=r.top_k,
+      top_p=r.top_p,
+      min_p=r.min_p,
+      stop_at=r.stop_at,
+      blind_eos=r.blind_eos,
+      entropy=r.prune == "entropy",
     ),
   )
 
@@ -65,16 +96,21 @@ def settings(config, *, vocabulary: int, eos_ids: tuple[int, ...], closed: int) 
 def sequential(shape: Settings, samples: int, temperature: float) -> Settings:
   """Returns the settings of plain sampling: `samples` independent answers a prompt, same engine."""
   return dataclasses.replace(
-    shape,
-    width=samples,
-    branching=1,
-    initial=samples,
-    initial_max=samples,
-    fallback="none",
+    with_width(shape, samples, temperature),
+    branch=dataclasses.replace(
+      shape.branch,
+      branching=1,
+      branching_max=1,
+      initial=samples,
+      initial_max=samples,
+      step_paths=0,
+      response_tokens=0,
+    ),
+    fallback=dataclasses.replace(shape.fallback, place="none"),
+    prune=dataclasses.replace(shape.prune, value="none"),
+    min_length=0,
     group=min(shape.group, samples),
     groups=shape.groups * shape.group // min(shape.group, samples),
-    pages=0,
-    decoder=dataclasses.replace(shape.decoder, temperature=temperature),
   )
 
 
@@ -83,8 +119,11 @@ def with_width(shape: Settings, samples: int, temperature: float) -> Settings:
   return dataclasses.replace(
     shape,
     width=samples,
-    initial=min(shape.initial, samples),
-    initial_max=min(shape.initial_max, samples),
+    branch=dataclasses.replace(
+      shape.branch,
+      initial=min(shape.branch.initial, samples),
+      initial_max=min(shape.branch.initial_max, samples),
+    ),
     pages=0,
     decoder=dataclasses.replace(shape.decoder, temperature=temperature),
   )
@@ -99,20 +138,33 @@ def grow(
   table: np.ndarray,
   shape: Settings,
   mesh: Mesh,
+  heat: float = 1.0,
+  judge: Judge | None = None,
 ) -> tuple[tree_lib.Tree, dict[str, float]]:
   """Grows one tree a prompt and returns them, in the prompts' order on the host, with the cost.
 
   prompts: items with `.id` (identity, u32) and `.tokens`. key: folded from seed and step. table:
-  the box automaton over token ids. Raises UserError where the page pool cannot hold one tree.
+  the box automaton over token ids. heat: temperature of the allocation by log-prob. judge: rewards
+  trajectories; needed, and asked after each segment, where a policy goes by reward. Raises
+  UserError where the page pool cannot hold one tree, ValueError where a judge is missing.
   """
+  if shape.judged and judge is None:
+    raise ValueError("rollout.prune = 'reward' and rollout.fallback = 'disagree' need a judge")
   count = -(-len(prompts) // mesh_lib.shards(mesh))  # prompts a shard
   shape = _fit(shape, count)
   calls = _compiled(graph, shape, mesh)
   params, table = jax.device_put((params, table), mesh_lib.replicated(mesh))
   layers = calls.unstack(params) if shape.unroll else None  # once a rollout, not once a segment
   growth, segment = calls.start(params, *_arrays(prompts, mesh_lib.shards(mesh), shape))
+  reward = np.zeros((mesh_lib.shards(mesh), count, shape.width), np.float32)
+  seen, heat = np.zeros(reward.shape[0] * count, int), np.float32(heat)
   while True:
-    growth, need = calls.advance(growth, segment, key)
+    if shape.judged and judge is not None:
+      growth = calls.store(growth, segment)
+      reward = _judged(growth.tree, reward, seen, judge)
+      growth, need = calls.plan(growth, reward, key, heat)
+    else:
+      growth, need = calls.advance(growth, segment, reward, key, heat)
     groups, shared, fresh, unfinished = np.asarray(need).max(0)  # the only wait of a segment
     if not unfinished:
       break
@@ -127,11 +179,31 @@ def grow(
   return _finish(growth, tree, len(prompts), graph, params, shape)
 
 
+def _judged(tree: tree_lib.Tree, reward: np.ndarray, seen: np.ndarray, judge: Judge) -> np.ndarray:
+  """Returns the rewards [shards, B, W] with those of the trajectories that have ended since.
+
+  seen: trajectories of each tree that were judged before; counted up.
+  """
+  tree = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.device_get(tree))
+  slots = np.arange(tree.leaves.shape[1])[None]
+  owner, slot = np.nonzero((tree.leaves != tree_lib.NO_ROW) & (slots >= seen[:, None]))
+  if not owner.size:
+    return reward
+  rows = tree.leaves[owner, slot]
+  ended = [(b, tree_lib.response(tree, b, w)) for b, w in zip(owner.tolist(), rows, strict=True)]
+  flat = np.array(reward).reshape(tree.leaves.shape)
+  flat[owner, slot] = judge(ended)
+  seen += np.bincount(owner, minlength=seen.size)
+  return flat.reshape(reward.shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Calls:
   start: Callable
   unstack: Callable
   merge: Callable
+  store: Callable
+  plan: Callable
   advance: Callable
   prefill: Callable
   decode: Callable
@@ -153,13 +225,22 @@ def _compiled(graph: nnx.GraphDef, shape: Settings, mesh: Mesh) -> _Calls:
     lifted = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
     return jax.jit(lifted, donate_argnums=0)
 
-  advance = functools.partial(growth_lib.advance, shape=shape)
+  store = functools.partial(growth_lib.store, shape=shape)
+
+  def plan(growth, reward, key, heat):
+    return planning.advance(growth, key, heat, reward, shape=shape)
+
+  def advance(growth, segment, reward, key, heat):
+    return plan(store(growth, segment), reward, key, heat)
+
   start = functools.partial(_start, graph=graph, shape=shape)
   return _Calls(
     start=jax.jit(start, out_shardings=NamedSharding(mesh, PartitionSpec(mesh_lib.BATCH_AXES))),
     unstack=jax.jit(transformer.unstack),
     merge=jax.jit(jax.vmap(jax.vmap(tree_lib.merge))),
-    advance=sharded(advance, whole=(2,), count=3),
+    store=sharded(store, whole=(), count=2),
+    plan=sharded(plan, whole=(2, 3), count=4),
+    advance=sharded(advance, whole=(3, 4), count=5),
     prefill=sharded(functools.partial(_prefill, graph=graph), whole=(1, 2), count=3),
     decode=_Decode(sharded, graph, shape),
   )

@@ -19,7 +19,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from treepo_jax import struct
 from treepo_jax.decoding import pages as pages_lib
@@ -48,15 +48,20 @@ class Paths:
     twin: the node that holds the same tokens after the same context and the pages, NO_ROW where a
       node is decoded itself.
     guide: the node that an open one has followed last, 0 where none.
-    given: tokens that it has in common with its guide.
+    given: tokens that it has in common with its guide; the tree holds them already.
+    low, high: of each token of a node the uniform numbers that draw it, [low, high); 0 beyond.
+    entropy: mean over a node's tokens of the policy's entropy, if Settings.decoder.entropy.
   """
 
-  prompt: Int[Array, "b x"]
-  pages: Int[Array, "b n j"]
-  state: Int[Array, "b n"]
-  twin: Int[Array, "b n"]
-  guide: Int[Array, "b n"]
-  given: Int[Array, "b n"]
+  prompt: Int[Array, "*b x"]
+  pages: Int[Array, "*b n j"]
+  state: Int[Array, "*b n"]
+  twin: Int[Array, "*b n"]
+  guide: Int[Array, "*b n"]
+  given: Int[Array, "*b n"]
+  low: Float[Array, "*b n s"]
+  high: Float[Array, "*b n s"]
+  entropy: Float[Array, "*b n"]
 
 
 def ancestry(tree: Tree, paths: Paths) -> Int[Array, "b n"]:

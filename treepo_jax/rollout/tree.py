@@ -17,6 +17,7 @@ NO_PARENT = -1
 
 UNUSED, OPEN, ACTIVE, INNER = 0, 1, 2, 3  # OPEN waits to be decoded, ACTIVE to be branched
 EOS, ANSWER, LENGTH, DEPTH, REPETITION = 4, 5, 6, 7, 8  # why a trajectory ended, from EOS on
+SHORT, PRUNED = 9, 10  # ended too, but dropped: no trajectory
 STOP_NAMES = {EOS: "eos", ANSWER: "answer", LENGTH: "length", DEPTH: "depth",
               REPETITION: "repetition"}  # fmt: skip
 
@@ -30,7 +31,10 @@ class Tree:
     prompt_length: tokens of the prompt.
     prompt_id: identity of the prompt; every draw is folded from it.
     tokens: sampled tokens of a node, 0 beyond length.
-    log_probs: log-prob of each token under the policy at temperature 1, 0 beyond length.
+    log_probs: log-prob of each token under the policy at temperature 1, 0 beyond length: what the
+      update compares with.
+    sampled_log_probs: the same under what was drawn from: the policy at the rollout's temperature,
+      with its filters.
     length: tokens of the node; a node with children is always full.
     parent: row of the parent, NO_PARENT for row 0 and for rows not taken.
     depth: segments from the prompt; 0 for row 0.
@@ -46,6 +50,7 @@ class Tree:
   prompt_id: UInt32[Array, "*b"]
   tokens: Int[Array, "*b n s"]
   log_probs: Float[Array, "*b n s"]
+  sampled_log_probs: Float[Array, "*b n s"]
   length: Int[Array, "*b n"]
   parent: Int[Array, "*b n"]
   depth: Int[Array, "*b n"]
@@ -55,9 +60,12 @@ class Tree:
   leaves: Int[Array, "*b w"]
 
 
-def capacity(width: int, depth: int) -> int:
-  """Rows that always suffice: every node has a leaf of its own below it, on a path of `depth`."""
-  return 1 + width * depth
+def capacity(width: int, depth: int, spare: bool = False) -> int:
+  """Rows that always suffice: every node has a leaf of its own below it, on a path of `depth`.
+
+  spare: there are paths that are dropped; as many rows are kept for them.
+  """
+  return 1 + width * depth * (2 if spare else 1)
 
 
 def create(
@@ -68,9 +76,10 @@ def create(
   width: int,
   depth: int,
   segment: int,
+  spare: bool = False,
 ) -> Tree:
-  """Returns trees that hold their prompts and nothing else."""
-  b, n = prompt.shape[0], capacity(width, depth)
+  """Returns trees that hold their prompts and nothing else; spare: see capacity."""
+  b, n = prompt.shape[0], capacity(width, depth, spare)
   rows = jnp.zeros((b, n), jnp.int32)
   return Tree(
     prompt=prompt,
@@ -78,6 +87,7 @@ def create(
     prompt_id=prompt_id,
     tokens=jnp.zeros((b, n, segment), jnp.int32),
     log_probs=jnp.zeros((b, n, segment), jnp.float32),
+    sampled_log_probs=jnp.zeros((b, n, segment), jnp.float32),
     length=rows,
     parent=jnp.full((b, n), NO_PARENT, jnp.int32),
     depth=rows,
@@ -120,6 +130,15 @@ def attach(
   )
 
 
+def along(tree: Tree, value: Int[Array, "n"] | Float[Array, "n"]):
+  """Returns the sum of a value over the nodes of each path, the prompt's left out (one tree)."""
+  up = jnp.maximum(tree.parent, 0)
+  total = value.at[0].set(0)
+  for _ in range(max(tree.parent.shape[0] - 1, 1).bit_length()):
+    total, up = total + total[up], up[up]  # the sum over the next 2^k nodes up, and the one after
+  return total
+
+
 def finished(tree: Tree) -> Int[Array, "*b"]:
   """Returns W, how many trajectories of each prompt have ended."""
   return (tree.leaves != NO_ROW).sum(-1, dtype=jnp.int32)
@@ -146,6 +165,7 @@ def merge(tree: Tree, twin: Int[Array, "n"]) -> Tree:
     tree,
     tokens=take(tree.tokens, 0),
     log_probs=take(tree.log_probs, 0),
+    sampled_log_probs=take(tree.sampled_log_probs, 0),
     length=take(tree.length, 0),
     parent=take(move(tree.parent), NO_PARENT),
     depth=take(tree.depth, 0),

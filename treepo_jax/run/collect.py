@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from treepo_jax.rollout import grow
+from treepo_jax.rollout import branching, grow
 from treepo_jax.rollout import tree as tree_lib
 from treepo_jax.run.setup import Setup
 from treepo_jax.tasks import rewards
@@ -48,11 +48,31 @@ def collect(
   setup: Setup,
   shape: grow.Settings,
   config,
+  step: int = 0,
 ) -> Rollout:
-  """Grows a tree a prompt, grades every trajectory and counts what it cost."""
+  """Grows a tree a prompt, grades every trajectory and counts what it cost.
+
+  step: of training; the temperature of branching by log-prob may follow it.
+  """
   begun = time.perf_counter()
+  longest, heat = shape.response_length, branching.heat(step, config)
+
+  def judge(ended: Sequence[tuple[int, list[int]]]) -> np.ndarray:
+    texts = [setup.text.decode(tokens) for _, tokens in ended]
+    grades = rewards.grade(texts, [prompts[b].gold for b, _ in ended])
+    lengths = np.array([len(tokens) for _, tokens in ended])
+    return rewards.score(grades.correct, lengths, longest=longest, config=config)
+
   tree, cost = grow.grow(
-    params, key, prompts, graph=setup.graph, table=setup.table, shape=shape, mesh=setup.mesh
+    params,
+    key,
+    prompts,
+    graph=setup.graph,
+    table=setup.table,
+    shape=shape,
+    mesh=setup.mesh,
+    heat=heat,
+    judge=judge,
   )
   grown = time.perf_counter()
   owner, slot = np.nonzero(tree.leaves != tree_lib.NO_ROW)
@@ -63,7 +83,6 @@ def collect(
   reward = np.zeros(tree.parent.shape, np.float32)
   before = np.asarray(tree.depth)[owner, rows] - 1
   tokens = before * tree.tokens.shape[2] + np.asarray(tree.length)[owner, rows]
-  longest = shape.response_length
   reward[owner, rows] = rewards.score(grades.correct, tokens, longest=longest, config=config)
   graded = time.perf_counter()
 
@@ -76,6 +95,7 @@ def collect(
   figures |= {
     "reward/mean": float(reward[owner, rows].mean()),
     "reward/grader_errors": float(grades.errors),
+    "rollout/allocation_temperature": heat,
     "time/rollout": grown - begun,
     "time/reward": graded - grown,
   }
@@ -98,6 +118,8 @@ def _figures(tree, owner, rows, correct, cost) -> dict[str, float]:
     "rollout/fallbacks": float(regrown.sum()),
     "rollout/fallback_prompt_ratio": float(regrown.any(1).mean()),
     "rollout/depth": float(depth.mean()),
+    "rollout/pruned": float((tree.status == tree_lib.PRUNED).sum()),
+    "rollout/dropped": float((tree.status == tree_lib.SHORT).sum()),
     "reward/solve_all": float(np.mean([s == 1 for s in shares])),
     "reward/solve_none": float(np.mean([s == 0 for s in shares])),
   } | {f"stop/{name}": stops[status] / len(rows) for status, name in tree_lib.STOP_NAMES.items()}

@@ -24,15 +24,18 @@ def records(
   """Returns one record a tree: its prompt, its nodes, its leaves and where fallback cut.
 
   reward: f32[B, N] at leaf rows. Advantages stand on leaves; where the estimator gives segments
-  their own, on every node: the mean over the trajectories through it.
+  their own, on every node: the mean over the trajectories through it. Log-probs under what was
+  drawn from join those of the policy where the config makes them others.
   """
   advantage = jax.tree.map(np.asarray, advantage)
   mass = np.maximum(advantage.weight.sum(1), 1e-9)
   mean = lambda value: (advantage.weight * value).sum(1) / mass
   by_segment = config.advantage.estimator in advantages.BY_SEGMENT
+  r = config.rollout
+  sampled = r.temperature != 1 or r.top_k > 0 or r.top_p < 1 or r.min_p > 0
   raw, white = mean(advantage.raw), mean(advantage.white)
   return [
-    _record(tree, b, reward[b], raw[b], white[b], prompt, step, by_segment)
+    _record(tree, b, reward[b], raw[b], white[b], prompt, step, by_segment, sampled)
     for b, prompt in enumerate(prompts)
   ]
 
@@ -44,10 +47,19 @@ def write(path: str | Path, trees: Sequence[dict]) -> None:
 
 
 def _record(
-  tree: tree_lib.Tree, b: int, reward, advantage, white, prompt, step: int, by_segment: bool
+  tree: tree_lib.Tree,
+  b: int,
+  reward,
+  advantage,
+  white,
+  prompt,
+  step: int,
+  by_segment: bool,
+  sampled: bool,
 ) -> dict:
   leaves = [int(row) for row in tree.leaves[b] if row != tree_lib.NO_ROW]
   ended = set(leaves)
+  rounded = lambda values: [round(float(x), 7) for x in values]
   nodes = []
   for row in range(int(tree.size[b])):
     length, leaf = int(tree.length[b, row]), row in ended
@@ -57,7 +69,7 @@ def _record(
         "row": row,
         "parent": int(tree.parent[b, row]),
         "tokens": tree.tokens[b, row, :length].tolist(),
-        "log_probs": [round(float(x), 7) for x in tree.log_probs[b, row, :length]],
+        "log_probs": rounded(tree.log_probs[b, row, :length]),
         "stop": tree_lib.STOP_NAMES[int(tree.status[b, row])] if leaf else None,
         "reward": float(reward[row]) if leaf else None,
         "advantage": float(advantage[row]) if credited else None,
@@ -65,6 +77,8 @@ def _record(
         "weight": 1.0,
       }
     )
+    if sampled:
+      nodes[-1]["sampled_log_probs"] = rounded(tree.sampled_log_probs[b, row, :length])
   source = {str(r): int(s) for r, s in enumerate(tree.source[b]) if s != tree_lib.NO_ROW}
   return {
     "step": step,

@@ -24,6 +24,8 @@ SUMMED = (
   "rollout/tokens_prefilled",
   "rollout/trajectories",
   "rollout/fallbacks",
+  "rollout/pruned",
+  "rollout/dropped",
   "reward/grader_errors",
   "time/rollout",
   "time/reward",
@@ -137,17 +139,17 @@ def _rollouts(params, position: int, step: int, source, policy: setup.Setup, con
     )
     position = batch.position
     key = setup.key(config, step, turn)
-    rollouts.append(_rollout(params, key, batch.prompts, policy, config))
+    rollouts.append(_rollout(params, key, batch.prompts, policy, config, step))
     mixed += sum(map(_mixed, rollouts[-1].correct))
     if not config.train.dynamic_sampling or mixed >= config.rollout.prompts:
       break
   return rollouts, position
 
 
-def _rollout(params, key, prompts, policy: setup.Setup, config) -> collect.Rollout:
+def _rollout(params, key, prompts, policy: setup.Setup, config, step: int = 0) -> collect.Rollout:
   """Returns the prompts' scored trees; for ReMax with what greedy answers earn, and cost."""
   sample = functools.partial(collect.collect, params, key, prompts, setup=policy, config=config)
-  rollout = sample(shape=policy.shape)
+  rollout = sample(shape=policy.shape, step=step)
   if config.advantage.estimator != "remax":
     return rollout
   greedy = sample(shape=grow.sequential(policy.shape, 1, temperature=0.0))

@@ -1,0 +1,294 @@
+"""Trees against sequential sampling: the same number of answers, engine, rows and pages, one run.
+
+python experiments/bench_rollout.py --json=rollout.json
+
+TreePO's sweep (section 3.2), scaled to TOTAL tokens of an answer: 7 to 56 segments, 8 to 64 answers
+a prompt, and forced branching with b = 2, 4, 8: b branches of the prompt, b of a node, random
+fallback until the width is met, siblings that draw the same tokens decoded once. Sequential is what
+evaluation and GRPO run, grow.sequential without merging: independent answers in the same segments.
+
+The policy is a random Qwen2 of 1.4M parameters, float32, each core a device; it draws nearly
+uniformly from its vocabulary, so siblings hardly ever agree by themselves: what is saved is saved by
+branching. EOS is so many of its tokens that one in MEAN ends an answer. Sequential answers are then
+geometric, cut at TOTAL: the 10th, 50th and 90th percentile about 0.1, 0.8 and 2.2 of their mean,
+coefficient of variation 0.7. CASTILLO's answers (13 models, 7 corpora, 671,270 that ended) have 0.19,
+0.91, 1.77 and 0.76 over all prompts; within a prompt they differ less, 0.15 in the median.
+
+The page pool holds the largest trees of a quarter of the prompts, for both sides, and ROWS rows a
+device decode: prompts are admitted as others end, which row_occupancy (tokens decoded over rows x
+steps run) needs to mean anything.
+
+Seconds are of whole grow.grow calls, prompts' prefill and the trees' way to the host included; the
+sides of a depth and width take turns, each run of a side has a key of its own, and the median
+counts. A run that compiled anything is made again and not counted. Columns:
+
+ratio: answers a second, tree over sequential with the same segments. ratio_best: over sequential
+with whichever of the sweep's segments suits that width best. tokens_ratio: tokens of the answers a
+second, as `ratio`: forced branching returns longer answers, for those that end early branch less
+(tree_length, sequential_length: their means). decode_saving: 1 - tokens decoded / tokens of answers.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from treepo_jax import config as config_lib
+from treepo_jax.model import mesh as mesh_lib
+from treepo_jax.model import transformer
+from treepo_jax.rollout import grow
+from treepo_jax.rollout import tree as tree_lib
+from treepo_jax.tasks.data import Prompt
+
+TOTAL, MEAN = 448, 256  # tokens of an answer at most; and in the mean, were it not cut there
+DEPTHS, WIDTHS, BRANCHINGS = (7, 14, 28, 56), (8, 16, 32, 64), (2, 4, 8)
+BLOCKS = tuple((depth, width, BRANCHINGS) for width in WIDTHS for depth in DEPTHS)
+QUICK = ((7, 8, (8,)), (56, 8, (2,)), (28, 16, (4,)), (7, 64, (2,)), (56, 64, (8,)))
+PROMPT, VOCABULARY = 32, 512
+ROWS = 32  # a device
+ANSWERS = 256  # of a run, or more: at least four prompts a device
+ADMITTED = 4  # one in so many prompts holds pages at once
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+ARCHITECTURE = transformer.Architecture(
+  family="qwen2",
+  vocab_size=VOCABULARY,
+  width=128,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  head_dim=32,
+  hidden=512,
+  norm_eps=1e-6,
+  rope_theta=1e6,
+  rope_scaling=None,
+  max_positions=4096,
+  tied=True,
+  qkv_bias=True,
+  output_bias=False,
+  qk_norm=False,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What one call of grow.grow gave."""
+
+  seconds: float
+  lengths: list[int]  # of the answers returned, in tokens
+  decoded: float  # tokens
+  occupancy: float
+
+
+class Sides:
+  """Both sides of one depth and width, and what they share."""
+
+  def __init__(self, depth: int, width: int, branchings: tuple[int, ...]):
+    devices = jax.device_count()
+    count = devices * max(ADMITTED, ANSWERS // width // devices)
+    configs = {b: _config(count, depth, width, b) for b in branchings}
+    self.mesh = mesh_lib.create(configs[branchings[0]])
+    self.graph, self.params = transformer.create(ARCHITECTURE, jax.random.key(0))
+    eos_ids = tuple(range(VOCABULARY // MEAN))
+    shape = lambda c: grow.settings(c, vocabulary=VOCABULARY, eos_ids=eos_ids, closed=-1)
+    shapes = {b: shape(c) for b, c in configs.items()}
+    plain = grow.sequential(shapes[branchings[0]], width, temperature=1.0)
+    shapes[0] = dataclasses.replace(plain, merge=False)
+    pages = count // devices // ADMITTED * max(s.pages_of_tree for s in shapes.values())
+    self.shapes = {b: dataclasses.replace(s, pages=pages) for b, s in sorted(shapes.items())}
+    tokens = np.random.default_rng(0).integers(eos_ids[-1] + 1, VOCABULARY, (count, PROMPT))
+    self.prompts = [
+      Prompt(id=i, text="", tokens=list(map(int, t)), gold="") for i, t in enumerate(tokens)
+    ]
+    self.table = np.zeros((1, VOCABULARY), np.int8)
+
+  def run(self, branching: int, seed: int) -> Run:
+    """Grows all trees of a branching; 0: sequential."""
+    begun = time.perf_counter()
+    tree, cost = grow.grow(
+      self.params,
+      jax.random.key(seed),
+      self.prompts,
+      graph=self.graph,
+      table=self.table,
+      shape=self.shapes[branching],
+      mesh=self.mesh,
+    )
+    seconds = time.perf_counter() - begun
+    lengths = [
+      int(tree.length[b, tree_lib.path(tree, b, row)].sum())
+      for b, leaves in enumerate(tree.leaves)
+      for row in leaves
+    ]
+    assert len(lengths) == len(self.prompts) * self.shapes[branching].width
+    return Run(seconds, lengths, cost["rollout/tokens_decoded"], cost["rollout/row_occupancy"])
+
+
+def _config(prompts: int, depth: int, width: int, branching: int):
+  """Returns the config of TreePO's forced branching, validated."""
+  config = config_lib.default()
+  with config.unlocked():
+    config.rollout.update(
+      prompts=prompts,
+      width=width,
+      depth=depth,
+      segment=TOTAL // depth,
+      initial=min(branching, width),
+      branching=branching,
+      fallback="random",
+      merge=True,
+      prompt_length=PROMPT,
+      rows=ROWS,
+      repetition_count=0,
+    )
+    config.learn.row_length = PROMPT + TOTAL
+  return config_lib.validate(config)
+
+
+def measure(
+  depth: int, width: int, branchings: tuple[int, ...], runs: int, compiled: Callable[[], int]
+) -> tuple[list[dict], list[int]]:
+  """Returns the rows of one depth and width, and the lengths of the sequential answers."""
+  sides = Sides(depth, width, branchings)
+  found: dict[int, list[Run]] = {b: [] for b in sides.shapes}
+  for seed in range(runs):
+    for branching, kept in found.items():
+      before = -1
+      while before != compiled():
+        before, run = compiled(), sides.run(branching, seed)
+      kept.append(run)
+  answers = len(sides.prompts) * width
+  middle = lambda b, name: statistics.median(getattr(run, name) for run in found[b])
+  total = lambda b: sum(sum(run.lengths) for run in found[b])
+  rate = {b: answers / middle(b, "seconds") for b in found}
+  rows = [
+    {
+      "depth": depth,
+      "segment": TOTAL // depth,
+      "width": width,
+      "branching": b,
+      "prompts": len(sides.prompts),
+      "tree_traj_per_s": rate[b],
+      "sequential_traj_per_s": rate[0],
+      "ratio": rate[b] / rate[0],
+      "tokens_ratio": rate[b] * total(b) / (rate[0] * total(0)),
+      "decode_saving": 1 - sum(run.decoded for run in found[b]) / total(b),
+      "row_occupancy": middle(b, "occupancy"),
+      "sequential_row_occupancy": middle(0, "occupancy"),
+      "tree_length": total(b) / runs / answers,
+      "sequential_length": total(0) / runs / answers,
+      "runs": runs,
+    }
+    for b in branchings
+  ]
+  return rows, [length for run in found[0] for length in run.lengths]
+
+
+def against_best(rows: list[dict]) -> None:
+  """Adds the ratio to sequential sampling with the best segment of each width."""
+  for row in rows:
+    same = [other for other in rows if other["width"] == row["width"]]
+    best = max(same, key=lambda other: other["sequential_traj_per_s"])
+    row["sequential_best_segment"] = best["segment"]
+    row["sequential_best_traj_per_s"] = best["sequential_traj_per_s"]
+    row["ratio_best"] = row["tree_traj_per_s"] / best["sequential_traj_per_s"]
+
+
+def spread(lengths: list[int]) -> dict:
+  """Returns how the lengths of answers are spread."""
+  mean = statistics.mean(lengths)
+  low, middle, high = np.percentile(lengths, (10, 50, 90)).tolist()
+  return {
+    "mean": mean,
+    "p10": low,
+    "p50": middle,
+    "p90": high,
+    "variation": statistics.pstdev(lengths) / mean,
+    "at_most": float(np.mean(np.asarray(lengths) == TOTAL)),
+  }
+
+
+def table(rows: list[dict]) -> str:
+  """Returns the rows as a Markdown table."""
+  lines = [
+    "| segments x tokens | answers | b | tree, answers/s | sequential | its best | ratio | to the best"
+    " | in tokens | saved | rows in use | sequential's |",
+    "|---" * 12 + "|",
+  ]
+  for r in rows:
+    lines.append(
+      f"| {r['depth']} x {r['segment']} | {r['width']} | {r['branching']} "
+      f"| {r['tree_traj_per_s']:.1f} | {r['sequential_traj_per_s']:.1f} "
+      f"| {r['sequential_best_traj_per_s']:.1f} ({r['sequential_best_segment']}) "
+      f"| {r['ratio']:.2f} | {r['ratio_best']:.2f} | {r['tokens_ratio']:.2f} "
+      f"| {r['decode_saving']:.0%} | {r['row_occupancy']:.0%} "
+      f"| {r['sequential_row_occupancy']:.0%} |"
+    )
+  return "\n".join(lines)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description="Answers a second, trees against sequential.")
+  parser.add_argument("--quick", action="store_true", help="five points of the 48, two runs each")
+  parser.add_argument("--json", type=Path, help="file for the figures")
+  args = parser.parse_args()
+  mesh_lib.split_host(config_lib.default())
+  compilations = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _, **kwargs: compilations.append(event) if event == COMPILED else None
+  )
+  rows, lengths = [], []
+  with tempfile.TemporaryDirectory() as cache:
+    if not jax.config.jax_compilation_cache_dir:  # trees of one shape share most programs
+      jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    for depth, width, branchings in QUICK if args.quick else BLOCKS:
+      begun = time.perf_counter()
+      new, drawn = measure(
+        depth, width, branchings, 2 if args.quick else 3, lambda: len(compilations)
+      )
+      rows += new
+      lengths += drawn
+      for row in new:
+        print(
+          f"{depth} x {row['segment']} tokens, {width} answers, b = {row['branching']}: "
+          f"{row['tree_traj_per_s']:.1f} answers/s against {row['sequential_traj_per_s']:.1f}, "
+          f"{row['ratio']:.2f}x ({time.perf_counter() - begun:.0f} s in all)",
+          flush=True,
+        )
+  against_best(rows)
+  found = spread(lengths)
+  share = {name: found[name] / found["mean"] for name in ("p10", "p50", "p90")}
+  geomean = lambda name: statistics.geometric_mean(row[name] for row in rows)
+  print(f"\n{table(rows)}\n")
+  print(
+    f"sequential answers: {found['mean']:.0f} tokens in the mean, p10 {share['p10']:.2f}, p50 "
+    f"{share['p50']:.2f}, p90 {share['p90']:.2f} of it, variation {found['variation']:.2f}, "
+    f"{found['at_most']:.0%} cut at {TOTAL} (CASTILLO: 0.19, 0.91, 1.77, 0.76)"
+  )
+  ahead = sum(row["ratio"] > 1 for row in rows)
+  print(
+    f"geometric means: {geomean('ratio'):.2f}x at equal segments, {geomean('ratio_best'):.2f}x "
+    f"against the best segment, {geomean('tokens_ratio'):.2f}x in tokens; ahead at {ahead} of "
+    f"{len(rows)} points"
+  )
+  if args.json:
+    result = {
+      "rows": rows,
+      "geomean_ratio": geomean("ratio"),
+      "geomean_ratio_best": geomean("ratio_best"),
+      "geomean_tokens_ratio": geomean("tokens_ratio"),
+      "sequential_lengths": found,
+    }
+    args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  main()
