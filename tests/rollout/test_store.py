@@ -111,13 +111,17 @@ def test_followers_take_what_they_have_in_common_and_keep_it():
 
 @pytest.mark.parametrize("agreed", [1, 3])
 def test_what_lies_beyond_the_longest_answer_is_not_kept(agreed):
-  start, _, store = programs(shape(response_length=2))
+  start, fill, store = programs(shape(response_length=2))
   growth = jax.device_get(start())
-  segment = decoded(growth, [SEGMENT, agreed, 0, 0])
-  growth = jax.device_get(store(growth, segment))
+  segment = decoded(growth, [SEGMENT, agreed, SEGMENT, SEGMENT])
+  growth = jax.device_get(fill(store(growth, segment)))
   assert held(growth, 1) == held(growth, 2) == said(segment, 2)
   assert growth.tree.status[0, 1:4].tolist() == [tree_lib.LENGTH, tree_lib.LENGTH, tree_lib.OPEN]
   assert held(growth, 3) == said(segment, agreed)  # it is decoded from there
+  again = decoded(growth, [], seed=1)
+  growth = jax.device_get(store(growth, again))
+  mixed = {k: [*v[:agreed], *said(again, 2)[k][agreed:]] for k, v in said(segment, 2).items()}
+  assert held(growth, 3) == mixed  # nor what was known of it
 
 
 def test_merged_trees_hold_the_log_probs_of_both_laws():
