@@ -43,6 +43,18 @@ def test_a_misspelt_key_is_refused():
     ("rollout.initial_max", 1, ("rollout.initial = 16",)),
     ("rollout.initial", -1, ("at least 0",)),
     ("rollout.fallback", "ranom", ("'random'", "'none'")),
+    ("rollout.fallback_from", "all", ("'answered'", "'strict'")),
+    ("rollout.fallback_window", -1, ("at least 0",)),  # published: a crash at the first fallback
+    ("rollout.allocation", "low", ("'even'", "'segment'")),
+    ("rollout.allocation_low", 9.0, ("allocation_high", "'descending'")),
+    ("rollout.branching_max", 1, ("rollout.branching = 2",)),
+    ("rollout.step_tokens", 100, ("256",)),
+    ("rollout.min_length", 81, ("80 tokens",)),
+    ("rollout.min_width", 17, ("rollout.width = 16",)),
+    ("rollout.prune", "loss", ("'log_prob'", "'reward'")),
+    ("rollout.prune_keep", 0, ("above 0",)),
+    ("rollout.top_p", 1.5, ("at most 1",)),
+    ("rollout.stop_at", "end", ("'box'", "'eos'")),
     ("advantage.estimator", "ppo", ("'treepo'", "'grpo'")),
     ("learn.row_length", 100, ("144", "rollout.prompt_length")),
     ("learn.minibatches", 99, ("rollout.prompts = 16",)),
@@ -63,3 +75,12 @@ def test_a_wrong_value_is_named_with_its_key(key, value, words):
   assert key in str(error.value)
   for word in words:
     assert word in str(error.value)
+
+
+def test_windows_are_of_random_cuts():
+  c = config_lib.default()
+  c.rollout.fallback_windows = 2
+  config_lib.validate(c)
+  c.rollout.fallback = "block"  # published: a crash when it falls back
+  with pytest.raises(config_lib.UserError, match="fallback_windows = 2 needs.*'random'"):
+    config_lib.validate(c)

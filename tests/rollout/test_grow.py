@@ -158,7 +158,15 @@ def plain_log_probs(texts: list[list[int]]) -> list[np.ndarray]:
 CHAINS = {"branching": 1, "initial": 1, "initial_max": 1}
 
 
-@pytest.mark.parametrize(("changes", "cut"), [({}, 10), (CHAINS, 100)], ids=["trees", "chains"])
+WINDOWS = {"fallback_window": 3, "merge": True}  # cuts inside segments
+UNLIKELY = {"fallback": "log_prob", "top_k": 20, "temperature": 0.8}
+
+
+@pytest.mark.parametrize(
+  ("changes", "cut"),
+  [({}, 10), (CHAINS, 100), (WINDOWS, 10), (UNLIKELY, 10)],
+  ids=["trees", "chains", "windows", "unlikely"],
+)
 def test_every_token_was_drawn_after_the_tokens_before_it(changes, cut):
   regrown = split_boxes = 0
   for seed in range(4):

@@ -181,14 +181,14 @@ def store(growth: Growth, segment: segment_lib.Segment, *, shape: Settings) -> G
     """Writes a value a row to its node, and one a follower to the follower's."""
     return old.at[at].set(leads, mode="drop").at[behind].set(trails, mode="drop")
 
-  # Which row each node takes its tokens from, and how many; what it holds already stays.
+  # Which row each node takes its tokens from, and how many; what it holds already of these stays.
   own = jnp.arange(slots.live.size, dtype=jnp.int32).reshape(slots.live.shape)
   none = jnp.full((b, n), -1, jnp.int32)
   row = note(none, own, own[..., None])
   common = jnp.where(twin, length[..., None], segment.agreed)
   count = note(jnp.zeros((b, n), jnp.int32), length, common)
   step = jnp.arange(s)[None, None]
-  fresh = (row != -1)[..., None] & (step >= paths.given[..., None])
+  fresh = (row != -1)[..., None] & (step >= jnp.minimum(paths.given, count)[..., None])
 
   def tokens(old, new):
     new = jnp.where(step < count[..., None], new.reshape(-1, s)[row], 0)
