@@ -187,7 +187,7 @@ def default() -> ml_collections.ConfigDict:
   c.eval.prompts = 1024  # held-out prompts
   c.eval.samples = 1  # answers a prompt
   c.eval.every = 5  # steps between evaluations while training; 0: only before and after
-  c.eval.temperature = 1.0  # 0: greedy
+  c.eval.temperature = 1.0  # 0: greedy; filters (rollout.top_k, top_p, min_p) are left out
   c.eval.sampling = "sequential"  # "sequential" | "tree" (the shape of rollout)
   return c.lock()
 

@@ -115,7 +115,10 @@ def sequential(shape: Settings, samples: int, temperature: float) -> Settings:
 
 
 def with_width(shape: Settings, samples: int, temperature: float) -> Settings:
-  """Returns the settings of a tree of `samples` answers, otherwise shaped like `shape`."""
+  """Returns the settings of a tree of `samples` answers, otherwise shaped like `shape`.
+
+  Tokens are drawn from the whole policy at `temperature`: filters are the rollout's alone.
+  """
   return dataclasses.replace(
     shape,
     width=samples,
@@ -125,7 +128,9 @@ def with_width(shape: Settings, samples: int, temperature: float) -> Settings:
       initial_max=min(shape.branch.initial_max, samples),
     ),
     pages=0,
-    decoder=dataclasses.replace(shape.decoder, temperature=temperature),
+    decoder=dataclasses.replace(
+      shape.decoder, temperature=temperature, top_k=0, top_p=1.0, min_p=0.0
+    ),
   )
 
 
