@@ -26,7 +26,9 @@ counts. A run that compiled anything is made again and not counted. Columns:
 ratio: answers a second, tree over sequential with the same segments. ratio_best: over sequential
 with the segments that suit that width best in this run. tokens_ratio: as `ratio`, but tokens of the
 answers a second: forced branching returns longer answers, for those that end early branch less
-(tree_length, sequential_length: their means). decode_saving: 1 - decoded tokens / the answers'.
+(tree_length, sequential_length: their means). steps_ratio: rows x steps run for an answer,
+sequential over tree: what the schedule makes of the saving, whatever a step costs; it does not
+depend on the machine. decode_saving: 1 - decoded tokens / the answers'.
 """
 
 import argparse
@@ -168,6 +170,7 @@ def measure(
   answers = len(sides.prompts) * width
   middle = lambda b, name: statistics.median(getattr(run, name) for run in found[b])
   total = lambda b: sum(sum(run.lengths) for run in found[b])
+  steps = lambda b: sum(run.decoded / run.occupancy for run in found[b])
   rate = {b: answers / middle(b, "seconds") for b in found}
   rows = [
     {
@@ -180,6 +183,7 @@ def measure(
       "sequential_traj_per_s": rate[0],
       "ratio": rate[b] / rate[0],
       "tokens_ratio": rate[b] * total(b) / (rate[0] * total(0)),
+      "steps_ratio": steps(0) / steps(b),
       "decode_saving": 1 - sum(run.decoded for run in found[b]) / total(b),
       "row_occupancy": middle(b, "occupancy"),
       "sequential_row_occupancy": middle(0, "occupancy"),
@@ -220,8 +224,8 @@ def table(rows: list[dict]) -> str:
   """Returns the rows as a Markdown table."""
   lines = [
     "| segments x tokens | answers | b | tree, answers/s | sequential | its best | ratio "
-    "| to the best | in tokens | saved | rows in use | sequential's |",
-    "|---" * 12 + "|",
+    "| to the best | in tokens | in steps | saved | rows in use | sequential's |",
+    "|---" * 13 + "|",
   ]
   for r in rows:
     lines.append(
@@ -229,6 +233,7 @@ def table(rows: list[dict]) -> str:
       f"| {r['tree_traj_per_s']:.1f} | {r['sequential_traj_per_s']:.1f} "
       f"| {r['sequential_best_traj_per_s']:.1f} ({r['sequential_best_segment']}) "
       f"| {r['ratio']:.2f} | {r['ratio_best']:.2f} | {r['tokens_ratio']:.2f} "
+      f"| {r['steps_ratio']:.2f} "
       f"| {r['decode_saving']:.0%} | {r['row_occupancy']:.0%} "
       f"| {r['sequential_row_occupancy']:.0%} |"
     )
@@ -277,7 +282,8 @@ def main() -> None:
   ahead = sum(row["ratio"] > 1 for row in rows)
   print(
     f"geometric means: {geomean('ratio'):.2f}x at equal segments, {geomean('ratio_best'):.2f}x "
-    f"against the best segment, {geomean('tokens_ratio'):.2f}x in tokens; ahead at {ahead} of "
+    f"against the best segment, {geomean('tokens_ratio'):.2f}x in tokens, "
+    f"{geomean('steps_ratio'):.2f}x in steps; ahead at {ahead} of "
     f"{len(rows)} points"
   )
   if args.json:
@@ -286,6 +292,7 @@ def main() -> None:
       "geomean_ratio": geomean("ratio"),
       "geomean_ratio_best": geomean("ratio_best"),
       "geomean_tokens_ratio": geomean("tokens_ratio"),
+      "geomean_steps_ratio": geomean("steps_ratio"),
       "sequential_lengths": found,
     }
     args.json.write_text(json.dumps(result, indent=2) + "\n")
