@@ -114,6 +114,8 @@ def default() -> ml_collections.ConfigDict:
     4  # times it occurs in the last window * count tokens; 0: not checked
   )
   c.rollout.page = 8  # tokens a page of the KV cache
+  # Tokens decoded before rows are filled anew, a multiple of rollout.page; 0: 32, or the segment
+  c.rollout.stride = 0
   c.rollout.rows = 256  # decode rows a device at most, a multiple of rollout.group
   c.rollout.group = 2  # rows that read their shared pages together
   c.rollout.pages = 0  # pages of the pool a device; 0: as many as all its prompts can need
@@ -256,7 +258,9 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
     )
   _at_least(c, "rollout.pages", 0)
   _at_least(c, "rollout.response_length", 0)
+  _at_least(c, "rollout.stride", 0)
   _multiple(c, "rollout.segment", "rollout.page")
+  _multiple(c, "rollout.stride", "rollout.page")
   _multiple(c, "rollout.rows", "rollout.group")
   _check_policies(c)
   r = c.rollout

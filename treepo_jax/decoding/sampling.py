@@ -1,6 +1,6 @@
 """Logits to a token and its log-prob, with a draw that depends on identity alone.
 
-Axes: Q rows, V vocabulary, R other rows with the context of a row.
+Axes: Q rows, V vocabulary.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ def row_keys(key: jax.Array, prompt_id: UInt32[Array, "*q"], node: Int[Array, "*
   return flat.reshape(prompt_id.shape)
 
 
-def uniform(keys: jax.Array, count: int) -> Float[Array, "s *q"]:
-  """Returns numbers in [0, 1) for the first `count` tokens of each row's segment."""
-  one = lambda step, key: jax.random.uniform(jax.random.fold_in(key, step))
-  rows = jax.vmap(one, (None, 0))
-  flat = jax.vmap(rows, (0, None))(jnp.arange(count), keys.reshape(-1))
+def uniform(keys: jax.Array, first: Int[Array, "*q"], count: int) -> Float[Array, "c *q"]:
+  """Returns numbers in [0, 1) for `count` tokens of each row's segment, from its `first` on."""
+  one = lambda step, key, first: jax.random.uniform(jax.random.fold_in(key, first + step))
+  rows = jax.vmap(one, (None, 0, 0))
+  flat = jax.vmap(rows, (0, None, None))(jnp.arange(count), keys.reshape(-1), first.reshape(-1))
   return flat.reshape(count, *keys.shape)
 
 
@@ -37,7 +37,6 @@ class Draw:
 
   Attributes:
     token: the token.
-    same: which of the others draw it too.
     low, high: every uniform number in [low, high) draws the token from these logits. The interval
       is narrower than the token's share by MARGIN at each end that is not an end of all numbers,
       so that rounding cannot make it wrong: of numbers outside, the row's own among them, nothing
@@ -46,7 +45,6 @@ class Draw:
   """
 
   token: Int[Array, "*q"]
-  same: Bool[Array, "*q r"]
   low: Float[Array, "*q"]
   high: Float[Array, "*q"]
   norm: Float[Array, "*q"]
@@ -55,7 +53,6 @@ class Draw:
 def draw(
   logits: Float[Array, "q v"],
   uniform: Float[Array, "q"],
-  others: Float[Array, "q r"],
   temperature: float,
   vocabulary: int,
   top_k: int = 0,
@@ -75,12 +72,9 @@ def draw(
   entry (Gumbel's way). The inverse is taken in two levels, blocks and then tokens of the block, so
   that the full cumulative sum is never formed. Tokens from `vocabulary` on (padding of the
   embedding beyond the tokenizer) are never drawn.
-
-  others: uniform numbers of rows that have the same context. Each draws this very token exactly
-  where its number lies in the token's share of the unit interval, so no second draw is made.
   """
 
-  def one(logits, uniform, others):
+  def one(logits, uniform):
     index = jnp.arange(logits.shape[0])
     within = jnp.where(index < vocabulary, logits, -jnp.inf)
     if temperature:
@@ -89,10 +83,10 @@ def draw(
       weight = _filtered(jnp.exp(scaled - top), top_k, top_p, min_p)
     else:
       weight = (index == jnp.argmax(within)).astype(logits.dtype)
-    result, total = _invert(weight, uniform, others)
+    result, total = _invert(weight, uniform)
     return dataclasses.replace(result, norm=top + jnp.log(total)) if temperature else result
 
-  return jax.vmap(one)(logits, uniform, others)
+  return jax.vmap(one)(logits, uniform)
 
 
 def _filtered(
@@ -129,9 +123,7 @@ def _threshold(
   return real(jax.lax.fori_loop(0, 30, halve, ends)[0])
 
 
-def _invert(
-  weight: Float[Array, "v"], uniform: Float[Array, ""], others: Float[Array, "r"]
-) -> tuple[Draw, Float[Array, ""]]:
+def _invert(weight: Float[Array, "v"], uniform: Float[Array, ""]) -> tuple[Draw, Float[Array, ""]]:
   """Returns the token at `uniform` of the distribution function, and the weights' sum."""
   weight = jnp.pad(weight, (0, -weight.shape[0] % BLOCK)).reshape(-1, BLOCK)
   mass = weight.sum(-1)
@@ -142,14 +134,11 @@ def _invert(
   reached = jnp.cumsum(inside)
   place = _first(reached > uniform * total - before, inside)
   outer, inner = _span(block, upto, mass), _span(place, reached, inside)
-  target = others * total
-  lies = lambda x, span: (span[0] <= x) & (x < span[1])
   low = jnp.maximum(outer[0], before + inner[0]) / total + MARGIN
   high = jnp.minimum(outer[1], before + inner[1]) / total - MARGIN
   low, high = jnp.maximum(low, 0), jnp.minimum(high, 1)
   result = Draw(
     token=(block * BLOCK + place).astype(jnp.int32),
-    same=lies(target, outer) & lies(target - before, inner),
     low=low,
     high=jnp.maximum(low, high),
     norm=jnp.zeros_like(total),

@@ -1,15 +1,17 @@
 """The jitted segment decoder over shared pages.
 
-All rows of a call start together and take one token a step, so the step is common: a segment's own
-keys and values lie in a small buffer indexed by it and go to the pool as whole pages at the end.
+A call decodes up to a stride of tokens of each row's segment, from the page on that the row has
+come to. All rows of a call start together and take one token a step, so the step is common: a
+call's own keys and values lie in a small buffer indexed by it and go to the pool as whole pages at
+the end.
 
 Row i of a node's pages holds the keys and values of the token *fed* at step i: first the last token
-before the node, then the node's own but for its last, which its children feed. So every sampled
-token costs one forward pass, and none is ever repeated to open a branch.
+before the node, then the node's own but for its last, which its children feed. So a sampled token
+costs one forward pass, and none is ever repeated to open a branch.
 
 Axes: G groups, M rows of a group (all of one tree), U shared pages of a group, J pages of a
-segment, S tokens of a segment, N layers, K key-value heads, D head size, T tokens of a page,
-V vocabulary, A automaton states, F followers of a row.
+call, C tokens of a call, N layers, K key-value heads, D head size, T tokens of a page,
+V vocabulary, A automaton states.
 """
 
 import dataclasses
@@ -33,6 +35,7 @@ class Settings:
   """What of the decoder is fixed at compilation."""
 
   segment: int
+  stride: int  # tokens of a call at most, whole pages
   temperature: float
   vocabulary: int  # tokens of the tokenizer; logits beyond are never drawn
   eos_ids: tuple[int, ...]
@@ -42,7 +45,7 @@ class Settings:
   min_p: float = 0.0
   stop_at: str = "box"  # "box": a row stops where its box closes | "segment", "eos": it does not
   blind_eos: bool = False  # published: EOS is missed as a segment's first token, or one of many
-  entropy: bool = False  # sum up the policy's entropy
+  entropy: bool = False  # note the policy's entropy
 
   def is_raw(self, size: int) -> bool:
     """Returns whether tokens are drawn from the softmax of all `size` logits as they are."""
@@ -56,29 +59,30 @@ class Rows:
 
   Attributes:
     live: whether the row is in use.
-    last: the token before the segment, fed first.
+    base: tokens of the segment that lie in pages already, whole pages; the call goes on from there.
+    room: tokens that the segment has left.
+    last: the token before, fed first.
     position: position of `last` in its trajectory, prompt included.
     state: automaton state after `last`.
     prompt_id, node: identity of the draws.
-    given: tokens of the segment that are known already.
+    given: tokens of the call that are known already.
     tokens: those tokens; anything beyond.
-    followers: nodes with the same context and known tokens, which draw along with the row as long
-      as they draw the same; NO_ROW where fewer.
-    pages: where the segment's keys and values go; NO_PAGE drops them.
+    pages: where the call's keys and values go; NO_PAGE drops them.
     context: shared pages of the group, NO_PAGE where fewer.
     start: first valid token of each context page (prompts are padded on the left).
-    sees: whether the page holds an ancestor of the row.
+    sees: whether the page holds what precedes the row.
   """
 
   live: Bool[Array, "g m"]
+  base: Int[Array, "g m"]
+  room: Int[Array, "g m"]
   last: Int[Array, "g m"]
   position: Int[Array, "g m"]
   state: Int[Array, "g m"]
   prompt_id: UInt32[Array, "g m"]
   node: Int[Array, "g m"]
   given: Int[Array, "g m"]
-  tokens: Int[Array, "g m s"]
-  followers: Int[Array, "g m f"]
+  tokens: Int[Array, "g m c"]
   pages: Int[Array, "g m j"]
   context: Int[Array, "g u"]
   start: Int[Array, "g u"]
@@ -94,34 +98,32 @@ class Segment:
     sampled_log_probs: the same under the distribution that was drawn from, with its temperature
       and filters.
     low, high: uniform numbers that draw a token, [low, high) (sampling.Draw); 0 where it is given.
-    entropy: sum over the tokens of the policy's entropy at temperature 1, if Settings.entropy.
+    entropy: of the policy at temperature 1 where each token stands, if Settings.entropy.
+    states: automaton state after each token.
     length: tokens sampled; 0 for rows not in use.
-    state: automaton state at the end.
     stop: CONTINUES, AT_EOS or AT_ANSWER.
-    agreed: of each follower how many of the row's tokens it has too, from the first on.
     steps: steps run until the last row ended.
     read_shared: tokens whose keys and values were read, each context page once a group and step.
     read_flat: the same were each row to read its own path.
   """
 
-  tokens: Int[Array, "g m s"]
-  log_probs: Float[Array, "g m s"]
-  sampled_log_probs: Float[Array, "g m s"]
-  low: Float[Array, "g m s"]
-  high: Float[Array, "g m s"]
-  entropy: Float[Array, "g m"]
+  tokens: Int[Array, "g m c"]
+  log_probs: Float[Array, "g m c"]
+  sampled_log_probs: Float[Array, "g m c"]
+  low: Float[Array, "g m c"]
+  high: Float[Array, "g m c"]
+  entropy: Float[Array, "g m c"]
+  states: Int8[Array, "g m c"]
   length: Int[Array, "g m"]
-  state: Int[Array, "g m"]
   stop: Int[Array, "g m"]
-  agreed: Int[Array, "g m f"]
   steps: Int[Array, ""]
   read_shared: Float[Array, ""]
   read_flat: Float[Array, ""]
 
 
-def nothing(shape: tuple[int, int], segment: int, followers: int) -> Segment:
-  """Returns the segment of rows that decoded nothing."""
-  zero, none = jnp.zeros(shape, jnp.int32), jnp.zeros((*shape, segment))
+def nothing(shape: tuple[int, int], stride: int) -> Segment:
+  """Returns what is decoded of rows that are not in use."""
+  zero, none = jnp.zeros(shape, jnp.int32), jnp.zeros((*shape, stride))
   count = jnp.zeros(())
   return Segment(
     tokens=none.astype(jnp.int32),
@@ -129,11 +131,10 @@ def nothing(shape: tuple[int, int], segment: int, followers: int) -> Segment:
     sampled_log_probs=none,
     low=none,
     high=none,
-    entropy=jnp.zeros(shape),
+    entropy=none,
+    states=none.astype(jnp.int8),
     length=zero,
-    state=zero,
     stop=zero,
-    agreed=jnp.zeros((*shape, followers), jnp.int32),
     steps=count.astype(jnp.int32),
     read_shared=count,
     read_flat=count,
@@ -151,42 +152,40 @@ def decode(
   graph: nnx.GraphDef,
   settings: Settings,
 ) -> tuple[pages_lib.Pool, Segment]:
-  """Decodes one segment for every live row and writes its pages.
+  """Decodes up to a stride of every live row's segment and writes its pages.
 
-  Stops when every row has reached EOS, closed its box or filled the segment. Nothing here waits
-  for the host. `key` is folded from seed and step; the rest of a draw's identity is in `rows`.
+  Stops when every row has reached EOS, closed its box or filled its segment or the stride. Nothing
+  here waits for the host. `key` is folded from seed and step; the rest of a draw's identity is in
+  `rows`.
 
   layers: transformer.unstack of the params, to decode with the layers unrolled; None: scanned.
   """
   model = nnx.merge(graph, params)
-  unroll = layers is not None
+  unroll, stride = layers is not None, settings.stride
   visible = _visible(rows, pool.key.shape[3])
   context = transformer.Context(
     key=_gather(pool.key, rows.context, unroll, (0, 2, 4, 1, 3)),
     value=_gather(pool.value, rows.context, unroll, (0, 2, 1, 3, 4)),
     visible=visible,
   )
-  nodes = jnp.concatenate([rows.node[..., None], rows.followers], -1)
-  identity = sampling.row_keys(key, jnp.broadcast_to(rows.prompt_id[..., None], nodes.shape), nodes)
-  noise = sampling.uniform(identity, settings.segment)
-  noise = noise.reshape(settings.segment, -1, nodes.shape[-1])
-  groups, members = rows.live.shape
-  shape = (groups, members)
+  identity = sampling.row_keys(key, rows.prompt_id, rows.node)
+  noise = sampling.uniform(identity, rows.base, stride).reshape(stride, -1)
+  shape = rows.live.shape
+  raw = settings.is_raw(model.arch.vocab_size)
 
   def running(carry):
     step, alive = carry[0], carry[1]
-    return (step < settings.segment) & alive.any()
+    return (step < stride) & alive.any()
 
   def body(carry):
-    step, alive, follow, last, state, own, out = carry
+    step, alive, last, state, own, out = carry
     hidden, own = transformer.decode_step(
       model, layers, last, rows.position + step, context, own, step
     )
     logits = model.logits(hidden).reshape(-1, model.arch.vocab_size)
     drawn = sampling.draw(
       logits,
-      noise[step, :, 0],
-      noise[step, :, 1:],
+      noise[step],
       settings.temperature,
       settings.vocabulary,
       settings.top_k,
@@ -196,10 +195,12 @@ def decode(
     known = step < rows.given
     token = jnp.where(known, rows.tokens[..., step], drawn.token.reshape(shape))
     flat = token.reshape(-1)
+    state = jnp.where(alive, table[state, token].astype(jnp.int32), state)
     each = {
       "tokens": token,
       "low": jnp.where(known, 0, drawn.low.reshape(shape)),
       "high": jnp.where(known, 0, drawn.high.reshape(shape)),
+      "states": state.astype(jnp.int8),
     }
     sampled = sampling.sampled_log_prob(logits, flat, drawn.norm, settings.temperature)
     if raw:
@@ -207,31 +208,24 @@ def decode(
     else:
       each["sampled_log_probs"] = sampled.reshape(shape)
       each["log_probs"] = sampling.log_prob(logits, flat).reshape(shape)
-    follow &= known[..., None] | drawn.same.reshape(follow.shape)
-    state = jnp.where(alive, table[state, token].astype(jnp.int32), state)
-    stop = _stop(token, state, step, settings)
+    if settings.entropy:
+      each["entropy"] = sampling.entropy(logits).reshape(shape)
+    stop = _stop(token, state, rows.base + step, settings)
     out = out | {
       name: out[name].at[..., step].set(jnp.where(alive, x, 0)) for name, x in each.items()
     }
-    out |= {
-      "length": out["length"] + alive,
-      "stop": jnp.where(alive, stop, out["stop"]),
-      "agreed": out["agreed"] + (follow & alive[..., None]),
-    }
-    if settings.entropy:
-      out["entropy"] += jnp.where(alive, sampling.entropy(logits).reshape(shape), 0)
-    return step + 1, alive & (stop == CONTINUES), follow, token, state, own, out
+    out |= {"length": out["length"] + alive, "stop": jnp.where(alive, stop, out["stop"])}
+    alive &= (stop == CONTINUES) & (step + 1 < rows.room)
+    return step + 1, alive, token, state, own, out
 
-  raw = settings.is_raw(model.arch.vocab_size)
-  empty = nothing(shape, settings.segment, rows.followers.shape[-1])
-  names = ["tokens", "log_probs", "low", "high", "length", "stop", "agreed"]
+  empty = nothing(shape, stride)
+  names = ["tokens", "log_probs", "low", "high", "states", "length", "stop"]
   names += [] if raw else ["sampled_log_probs"]
   names += ["entropy"] if settings.entropy else []
   out = {name: getattr(empty, name) for name in names}
-  own = _buffers(pool, shape, settings.segment, unroll)
-  follow = rows.followers != NO_ROW
-  carry = (jnp.zeros((), jnp.int32), rows.live, follow, rows.last, rows.state, own, out)
-  steps, _, _, _, state, own, out = jax.lax.while_loop(running, body, carry)
+  own = _buffers(pool, shape, stride, unroll)
+  carry = (jnp.zeros((), jnp.int32), rows.live, rows.last, rows.state, own, out)
+  steps, _, _, _, own, out = jax.lax.while_loop(running, body, carry)
   length = out["length"].astype(jnp.float32)
   inner = (length * (length + 1) / 2).sum()
   group_tokens = visible.any(1).sum(-1).astype(jnp.float32)
@@ -239,7 +233,6 @@ def decode(
     out["sampled_log_probs"] = out["log_probs"]
   segment = dataclasses.replace(
     empty,
-    state=state,
     steps=steps,
     read_shared=(length.max(1) * group_tokens).sum() + inner,
     read_flat=(length * visible.sum(-1)).sum() + inner,
@@ -277,15 +270,15 @@ def prefill(
 
 
 def _stop(
-  token: Int[Array, "g m"], state: Int[Array, "g m"], step: Int[Array, ""], settings: Settings
+  token: Int[Array, "g m"], state: Int[Array, "g m"], place: Int[Array, "g m"], settings: Settings
 ) -> Int[Array, "g m"]:
-  """Returns why each row stops after its token of this step, or that it CONTINUES."""
+  """Returns why each row stops after its token, `place` of its segment, or that it CONTINUES."""
   ends = settings.eos_ids
   if settings.blind_eos and len(ends) > 1:
     ends = ()
   eos = stopping.is_any(token, ends)
   if settings.blind_eos:
-    eos &= step > 0
+    eos &= place > 0
   answer = (state == settings.closed) & (settings.stop_at == "box")
   return jnp.where(eos, AT_EOS, jnp.where(answer, AT_ANSWER, CONTINUES))
 
@@ -315,13 +308,13 @@ def _gather(
   return [layer(x) for x in pool] if unroll else jax.vmap(layer)(pool)
 
 
-def _buffers(pool: pages_lib.Pool, shape: tuple[int, int], segment: int, unroll: bool):
-  """Returns the empty key and value buffers of the segment."""
+def _buffers(pool: pages_lib.Pool, shape: tuple[int, int], stride: int, unroll: bool):
+  """Returns the empty key and value buffers of a call."""
   n, _, k, _, d = pool.key.shape
   g, m = shape
   layers = () if unroll else (n,)
-  key = jnp.zeros((*layers, g, k, m, d, segment), pool.key.dtype)
-  value = jnp.zeros((*layers, g, k, m, segment, d), pool.key.dtype)
+  key = jnp.zeros((*layers, g, k, m, d, stride), pool.key.dtype)
+  value = jnp.zeros((*layers, g, k, m, stride, d), pool.key.dtype)
   return ([key] * n, [value] * n) if unroll else (key, value)
 
 

@@ -23,7 +23,7 @@ from treepo_jax.decoding import pages as pages_lib
 from treepo_jax.decoding import segment as segment_lib
 from treepo_jax.model import mesh as mesh_lib
 from treepo_jax.model import transformer
-from treepo_jax.rollout import branching, fallback, planning, pruning
+from treepo_jax.rollout import branching, fallback, planning, pruning, schedule
 from treepo_jax.rollout import growth as growth_lib
 from treepo_jax.rollout import tree as tree_lib
 from treepo_jax.rollout.growth import Growth, Settings
@@ -32,6 +32,7 @@ from treepo_jax.rollout.growth import Growth, Settings
 Judge = Callable[[Sequence[tuple[int, list[int]]]], Sequence[float]]
 
 PREFILL = 16  # prompts a prefill call and shard at most
+STRIDE = 32  # tokens of a call where config.rollout.stride does not say
 LEAST_ROWS, LEAST_SHARED = 32, 2  # smaller programs would save less than their compilation costs
 
 
@@ -75,10 +76,12 @@ def settings(config, *, vocabulary: int, eos_ids: tuple[int, ...], closed: int) 
     groups=r.rows // r.group,
     group=r.group,
     pages=r.pages,
+    least=1,
     unroll=config.model.unroll,
     merge=r.merge,
     decoder=segment_lib.Settings(
       segment=r.segment,
+      stride=min(r.stride or max(STRIDE // r.page, 1) * r.page, r.segment),
       temperature=r.temperature,
       vocabulary=vocabulary,
       eos_ids=eos_ids,
@@ -165,7 +168,7 @@ def grow(
   seen, heat = np.zeros(reward.shape[0] * count, int), np.float32(heat)
   while True:
     if shape.judged and judge is not None:
-      growth = calls.store(growth, segment)
+      growth = calls.take(growth, segment, key)
       reward = _judged(growth.tree, reward, seen, judge)
       growth, need = calls.plan(growth, reward, key, heat)
     else:
@@ -176,8 +179,8 @@ def grow(
     for part in range(-(-int(fresh) // min(PREFILL, count))):
       growth = calls.prefill(growth, params, jnp.asarray(part))
     size = (
-      _bucket(int(groups), shape.groups, -(-LEAST_ROWS // shape.group), 4),
-      _bucket(int(shared), shape.shared, LEAST_SHARED, 2),
+      min(x for x in schedule.sizes(shape.groups, shape.least, schedule.GROWS) if x >= groups),
+      min(x for x in schedule.sizes(shape.shared, LEAST_SHARED, 2) if x >= shared),
     )
     growth, segment = calls.decode(growth, params, layers, table, key, *size)
   tree = calls.merge(growth.tree, growth.paths.twin) if shape.merge else growth.tree
@@ -207,7 +210,7 @@ class _Calls:
   start: Callable
   unstack: Callable
   merge: Callable
-  store: Callable
+  take: Callable
   plan: Callable
   advance: Callable
   prefill: Callable
@@ -230,20 +233,20 @@ def _compiled(graph: nnx.GraphDef, shape: Settings, mesh: Mesh) -> _Calls:
     lifted = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
     return jax.jit(lifted, donate_argnums=0)
 
-  store = functools.partial(growth_lib.store, shape=shape)
+  take = functools.partial(planning.take, shape=shape)
 
   def plan(growth, reward, key, heat):
     return planning.advance(growth, key, heat, reward, shape=shape)
 
   def advance(growth, segment, reward, key, heat):
-    return plan(store(growth, segment), reward, key, heat)
+    return plan(take(growth, segment, key), reward, key, heat)
 
   start = functools.partial(_start, graph=graph, shape=shape)
   return _Calls(
     start=jax.jit(start, out_shardings=NamedSharding(mesh, PartitionSpec(mesh_lib.BATCH_AXES))),
     unstack=jax.jit(transformer.unstack),
     merge=jax.jit(jax.vmap(jax.vmap(tree_lib.merge))),
-    store=sharded(store, whole=(), count=2),
+    take=sharded(take, whole=(2,), count=3),
     plan=sharded(plan, whole=(2, 3), count=4),
     advance=sharded(advance, whole=(3, 4), count=5),
     prefill=sharded(functools.partial(_prefill, graph=graph), whole=(1, 2), count=3),
@@ -267,14 +270,6 @@ class _Decode:
     return self.sizes[groups, shared](growth, params, layers, table, key)
 
 
-def _bucket(needed: int, most: int, least: int, factor: int) -> int:
-  """Returns the size to compile for: most, or `factor` times less, and so on down to `least`."""
-  size = most
-  while size // factor >= max(needed, least):
-    size //= factor
-  return size
-
-
 def _fit(shape: Settings, prompts: int) -> Settings:
   """Returns the settings with no more groups and pages than `prompts` of a shard can use."""
   groups = min(shape.groups, prompts * -(-shape.width // shape.group))
@@ -284,7 +279,8 @@ def _fit(shape: Settings, prompts: int) -> Settings:
       f"config.rollout.pages = {pages} cannot hold one tree of width {shape.width} and depth "
       f"{shape.depth}: it needs at least {shape.pages_of_tree}; 0 takes what all prompts need"
     )
-  return dataclasses.replace(shape, groups=groups, pages=pages)
+  least = min(-(-LEAST_ROWS // shape.group), groups)
+  return dataclasses.replace(shape, groups=groups, pages=pages, least=least)
 
 
 def _arrays(prompts: Sequence, shards: int, shape: Settings) -> tuple[np.ndarray, ...]:
@@ -314,7 +310,7 @@ def _start(
   pool = pages_lib.create(arch.layers, shape.pages, arch.kv_heads, shape.page, arch.head_dim, dtype)
   create = functools.partial(growth_lib.create, shape=shape, pool=pool)
   growth = jax.vmap(create)(tokens, length, identity, real)
-  empty = segment_lib.nothing((shape.groups, shape.group), shape.decoder.segment, shape.followers)
+  empty = segment_lib.nothing((shape.groups, shape.group), shape.decoder.stride)
   return growth, jax.tree.map(lambda x: jnp.broadcast_to(x, (tokens.shape[0], *x.shape)), empty)
 
 

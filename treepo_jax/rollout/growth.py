@@ -38,12 +38,17 @@ class Settings:
   group: int
   pages: int
   unroll: bool  # decode with the layers unrolled
-  merge: bool  # siblings that draw the same tokens are decoded once
+  least: int  # groups of the smallest call
+  merge: bool  # nodes that draw the tokens of another are not decoded again
   decoder: segment_lib.Settings
 
   @property
   def pages_of_segment(self) -> int:
     return self.decoder.segment // self.page
+
+  @property
+  def pages_of_call(self) -> int:
+    return self.decoder.stride // self.page
 
   @property
   def pages_of_prompt(self) -> int:
@@ -66,14 +71,9 @@ class Settings:
     return self.prune.value == "reward" or self.fallback.place == "disagree"
 
   @property
-  def followers(self) -> int:
-    """Nodes that a row can decode for besides its own."""
-    return self.width - 1 if self.merge else 0
-
-  @property
   def shared(self) -> int:
-    """Nodes that a group can share at most: every row a path of its own."""
-    return max(self.group * (self.depth - 1), 1)
+    """Nodes that a group can read at most: every row a path of its own, and itself."""
+    return self.group * self.depth
 
 
 @struct.dataclass
@@ -99,6 +99,7 @@ class Growth:
     done: prompts whose trajectories have all ended.
     before: trajectories of each prompt that had ended when its wave began.
     wave: waves of each prompt so far.
+    spent: pages that each prompt held when it was done.
   """
 
   tree: tree_lib.Tree
@@ -112,6 +113,7 @@ class Growth:
   done: Bool[Array, "b"]
   before: Int[Array, "b"]
   wave: Int[Array, "b"]
+  spent: Int[Array, "b"]
   counters: Counters
 
 
@@ -123,28 +125,29 @@ def create(tokens, length, identity, real, *, shape: Settings, pool: pages_lib.P
   )
   b, n = tree.parent.shape
   missing = lambda *axes: jnp.full(axes, pages_lib.NO_PAGE, jnp.int32)
+  blank = jnp.zeros((b, n, size[2]))
   paths = schedule.Paths(
     prompt=missing(b, shape.pages_of_prompt),
     pages=missing(b, n, shape.pages_of_segment),
-    state=jnp.zeros((b, n), jnp.int32),
-    twin=jnp.full((b, n), tree_lib.NO_ROW, jnp.int32),
-    guide=jnp.zeros((b, n), jnp.int32),
     given=jnp.zeros((b, n), jnp.int32),
-    low=jnp.zeros((b, n, size[2])),
-    high=jnp.zeros((b, n, size[2])),
-    entropy=jnp.zeros((b, n)),
+    waits=jnp.zeros((b, n), bool),
+    twin=jnp.full((b, n), tree_lib.NO_ROW, jnp.int32),
+    states=blank.astype(jnp.int8),
+    low=blank,
+    high=blank,
+    entropy=blank,
   )
-  slots, _ = schedule.fill(tree, paths, shape.groups, shape.group, shape.followers)
-  own = missing(*slots.live.shape, shape.pages_of_segment)
-  never = jnp.zeros(b, bool)
-  zero = jnp.zeros((), jnp.int32)
+  never, zero = jnp.zeros(b, bool), jnp.zeros((), jnp.int32)
+  empty = jnp.zeros((shape.groups, shape.group), jnp.int32)
+  slots = schedule.Slots(live=empty > 0, tree=empty, node=empty)
+  own = missing(*empty.shape, shape.pages_of_call)
   return Growth(
     tree=tree,
     paths=paths,
     pool=pool,
     slots=slots,
     rows=schedule.rows(
-      tree, paths, slots, own, shared=shape.shared, depth=shape.depth, page=shape.page
+      tree, paths, slots, own, shared=shape.shared, depth=shape.depth, stride=shape.decoder.stride
     )[0],
     real=real,
     admitted=never,
@@ -152,6 +155,7 @@ def create(tokens, length, identity, real, *, shape: Settings, pool: pages_lib.P
     done=never,
     before=jnp.zeros(b, jnp.int32),
     wave=jnp.zeros(b, jnp.int32),
+    spent=jnp.zeros(b, jnp.int32),
     counters=Counters(
       row_steps=zero, decoded=zero, read_shared=jnp.zeros(()), read_flat=jnp.zeros(())
     ),
@@ -164,61 +168,41 @@ def targets(slots: schedule.Slots, tree: tree_lib.Tree):
 
 
 def store(growth: Growth, segment: segment_lib.Segment, *, shape: Settings) -> Growth:
-  """Attaches the decoded segments to their nodes and followers; frees the pages of the ended.
+  """Writes what was decoded to its nodes, ends those that stop and frees the pages of the ended.
 
   Trajectories of prompts whose wave is complete become leaves.
   """
   tree, paths, slots, s = growth.tree, growth.paths, growth.slots, shape.decoder.segment
   b, n = tree.parent.shape
+  base, at = growth.rows.base, targets(slots, tree)
   allowed = shape.response_length - (tree.depth[slots.tree, slots.node] - 1) * s
-  length = jnp.minimum(segment.length, allowed)
-  twin = segment.agreed == segment.length[..., None]
-  at = targets(slots, tree)
-  follows = slots.followers != tree_lib.NO_ROW
-  behind = jnp.where(follows, at[0][..., None], b), slots.followers
+  length = jnp.minimum(base + segment.length, allowed)
 
-  def note(old, leads, trails):
-    """Writes a value a row to its node, and one a follower to the follower's."""
-    return old.at[at].set(leads, mode="drop").at[behind].set(trails, mode="drop")
-
-  # Which row each node takes its tokens from, and how many; what it holds already of these stays.
+  # Which row each node takes its tokens from, and up to which; what it holds already stays.
   own = jnp.arange(slots.live.size, dtype=jnp.int32).reshape(slots.live.shape)
-  none = jnp.full((b, n), -1, jnp.int32)
-  row = note(none, own, own[..., None])
-  common = jnp.where(twin, length[..., None], segment.agreed)
-  count = note(jnp.zeros((b, n), jnp.int32), length, common)
+  note = lambda old, new: old.at[at].set(new, mode="drop")
+  row = note(jnp.full((b, n), -1, jnp.int32), own)
+  count, start = (note(jnp.zeros((b, n), jnp.int32), x)[..., None] for x in (length, base))
   step = jnp.arange(s)[None, None]
-  fresh = (row != -1)[..., None] & (step >= jnp.minimum(paths.given, count)[..., None])
+  fresh = (row != -1)[..., None] & (step >= jnp.minimum(paths.given[..., None], count))
+  place = jnp.clip(step - start, 0, shape.decoder.stride - 1)
 
   def tokens(old, new):
-    new = jnp.where(step < count[..., None], new.reshape(-1, s)[row], 0)
-    return jnp.where(fresh, new, old)
+    new = jnp.take_along_axis(new.reshape(-1, new.shape[-1])[row], place, -1)
+    return jnp.where(fresh, jnp.where(step < count, new, 0).astype(old.dtype), old)
 
-  def ends(old, new, left: Array | int = 0):
-    """Writes what holds at the end of a segment: of twins too, `left` of those who left."""
-    return note(old, new, jnp.where(twin, new[..., None], left))
-
-  node = slots.node[..., None]
-  trails = lambda old, new: old.at[behind].set(new, mode="drop")
-  paths = dataclasses.replace(
-    paths,
-    low=tokens(paths.low, segment.low),
-    high=tokens(paths.high, segment.high),
-    state=ends(paths.state, segment.state),
-    entropy=ends(paths.entropy, segment.entropy / jnp.maximum(segment.length, 1)),
-    twin=trails(paths.twin, jnp.where(twin, node, tree_lib.NO_ROW)),
-    guide=trails(paths.guide, node),
-    given=trails(paths.given, segment.agreed),
-  )
+  names = ("tokens", "log_probs", "sampled_log_probs")
+  tree = dataclasses.replace(tree, **{x: tokens(tree[x], segment[x]) for x in names})
+  names = ("low", "high", "states") + (("entropy",) if shape.decoder.entropy else ())
+  paths = dataclasses.replace(paths, **{x: tokens(paths[x], segment[x]) for x in names})
+  over = (segment.stop != segment_lib.CONTINUES) | (length >= jnp.minimum(allowed, s))
+  status = jnp.where(over, _status(tree, slots, segment, base, allowed, shape), tree_lib.OPEN)
   tree = dataclasses.replace(
     tree,
-    tokens=tokens(tree.tokens, segment.tokens),
-    log_probs=tokens(tree.log_probs, segment.log_probs),
-    sampled_log_probs=tokens(tree.sampled_log_probs, segment.sampled_log_probs),
-    length=ends(tree.length, length),
+    length=note(tree.length, jnp.where(over, length, 0)),
+    status=note(tree.status, status),
   )
-  status = _status(tree, slots, segment, allowed, shape)
-  tree = dataclasses.replace(tree, status=ends(tree.status, status, tree_lib.OPEN))
+  paths = dataclasses.replace(paths, given=note(paths.given, length))
 
   ended = tree.status >= tree_lib.EOS
   pool = pages_lib.release(growth.pool, jnp.where(ended[..., None], paths.pages, pages_lib.NO_PAGE))
@@ -232,9 +216,7 @@ def store(growth: Growth, segment: segment_lib.Segment, *, shape: Settings) -> G
     read_shared=old.read_shared + segment.read_shared,
     read_flat=old.read_flat + segment.read_flat,
   )
-  growth = dataclasses.replace(growth, tree=tree, paths=paths, pool=pool, counters=counters)
-  leaves = jax.vmap(_append)(tree.leaves, tree.status, ready(growth))
-  return dataclasses.replace(growth, tree=dataclasses.replace(tree, leaves=leaves))
+  return dataclasses.replace(growth, tree=tree, paths=paths, pool=pool, counters=counters)
 
 
 def ready(growth: Growth) -> Bool[Array, "b"]:
@@ -242,8 +224,9 @@ def ready(growth: Growth) -> Bool[Array, "b"]:
   return growth.admitted & ~growth.done & ~(growth.tree.status == tree_lib.OPEN).any(1)
 
 
-def _status(tree, slots, segment, allowed, shape: Settings) -> Int[Array, "g m"]:
+def _status(tree, slots, segment, base, allowed, shape: Settings) -> Int[Array, "g m"]:
   """Returns ACTIVE or why the trajectory of each row ended; the first reason that holds."""
+  total = base + segment.length
   s, h = shape.decoder.segment, shape.repetition_window * shape.repetition_count
   depth = tree.depth[slots.tree, slots.node]
   node, recent = slots.node, []
@@ -251,17 +234,18 @@ def _status(tree, slots, segment, allowed, shape: Settings) -> Int[Array, "g m"]
     recent.insert(0, tree.tokens[slots.tree, node])
     node = jnp.maximum(tree.parent[slots.tree, node], 0)
   recent = jnp.concatenate(recent, -1)
-  last = recent.shape[-1] - s + jnp.minimum(segment.length, allowed)  # one past the newest token
+  last = recent.shape[-1] - s + jnp.minimum(total, allowed)  # one past the newest token
   place = last[..., None] - max(h, 1) + jnp.arange(max(h, 1))[None, None]
   recent = jnp.take_along_axis(recent, jnp.maximum(place, 0), -1)
-  length = (depth - 1) * s + jnp.minimum(segment.length, allowed)
+  length = (depth - 1) * s + jnp.minimum(total, allowed)
   repeats = functools.partial(
     stopping.repeats, window=shape.repetition_window, count=shape.repetition_count
   )
   looping = jax.vmap(jax.vmap(repeats))(recent, jnp.minimum(length, h))
-  whole = segment.length <= allowed  # a stop beyond the longest answer is cut off with it
+  whole = total <= allowed  # a stop beyond the longest answer is cut off with it
   eos = whole & (segment.stop == segment_lib.AT_EOS)
-  boxed = segment.state == shape.decoder.closed
+  last = jnp.maximum(segment.length - 1, 0)[..., None]
+  boxed = jnp.take_along_axis(segment.states, last, -1)[..., 0] == shape.decoder.closed
   answered = {
     "box": segment.stop == segment_lib.AT_ANSWER,
     "segment": boxed,
@@ -271,7 +255,7 @@ def _status(tree, slots, segment, allowed, shape: Settings) -> Int[Array, "g m"]
     (looping & shape.repetition_first, tree_lib.REPETITION),
     (whole & answered, tree_lib.ANSWER),
     (eos, tree_lib.EOS),
-    (segment.length >= allowed, tree_lib.LENGTH),
+    (total >= allowed, tree_lib.LENGTH),
     (depth >= shape.depth, tree_lib.DEPTH),
     (looping, tree_lib.REPETITION),
   )
@@ -282,7 +266,7 @@ def _status(tree, slots, segment, allowed, shape: Settings) -> Int[Array, "g m"]
   return jnp.where(dropped, tree_lib.SHORT, status)
 
 
-def _append(
+def append(
   leaves: Int[Array, "w"], status: Int[Array, "n"], ready: Bool[Array, ""]
 ) -> Int[Array, "w"]:
   """Adds the rows that ended in the wave just completed to a tree's leaves, in row order."""

@@ -16,12 +16,25 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from treepo_jax.decoding import pages as pages_lib
 from treepo_jax.decoding import sampling
+from treepo_jax.decoding import segment as segment_lib
 from treepo_jax.rollout import branching, fallback, growth, pruning, schedule, sharing
 from treepo_jax.rollout import tree as tree_lib
 from treepo_jax.rollout.fallback import Cuts, Draws
 from treepo_jax.rollout.growth import Growth, Settings
+from treepo_jax.rollout.tree import OPEN
 
+INSIDE = ("log_prob", "block", "inverse_block")  # fallbacks that may cut inside a segment
 TOKENS, POLICY, BATCH = 0, 1, 2  # what a draw is for: a token, a prompt's plan, one for all prompts
+
+
+def take(state: Growth, segment: segment_lib.Segment, key: jax.Array, *, shape: Settings) -> Growth:
+  """Takes in what was decoded, and what others draw alike; complete waves give their leaves."""
+  state = growth.store(state, segment, shape=shape)
+  if shape.merge:
+    waits = state.paths.waits
+    state = _share(state, (state.tree.status == OPEN) | waits, waits.any(1), key, shape)
+  leaves = jax.vmap(growth.append)(state.tree.leaves, state.tree.status, growth.ready(state))
+  return dataclasses.replace(state, tree=dataclasses.replace(state.tree, leaves=leaves))
 
 
 def advance(
@@ -34,7 +47,7 @@ def advance(
 ) -> tuple[Growth, Int[Array, "4"]]:
   """Plans what is next and fills the rows with it.
 
-  Returns the numbers the host needs: groups in use, shared nodes of the fullest, prompts to
+  Returns the numbers the host needs: groups in use, nodes that the fullest reads, prompts to
   prefill, prompts not done.
 
   key: folded from seed and step. heat: temperature of allocation. reward: of each leaf, read where
@@ -42,15 +55,33 @@ def advance(
   """
   state = _plan(state, key, heat, reward, shape)
   state = _admit(state, key, shape)
-  slots, groups = schedule.fill(state.tree, state.paths, shape.groups, shape.group, shape.followers)
-  wanted = jnp.repeat(slots.live[..., None], shape.pages_of_segment, -1)
-  pool, own = pages_lib.take(state.pool, wanted.astype(jnp.int32))
-  rows, shared = schedule.rows(
-    state.tree, state.paths, slots, own, shared=shape.shared, depth=shape.depth, page=shape.page
+  stride = shape.pages_of_call
+  slots, groups, wanted = schedule.fill(
+    state.tree,
+    state.paths,
+    state.pool,
+    state.admitted & ~state.done,
+    groups=shape.groups,
+    members=shape.group,
+    least=shape.least,
+    stride=stride,
+    largest=shape.pages_of_tree,
   )
-  tree, node = growth.targets(slots, state.tree)
+  pool, own = pages_lib.take(state.pool, jnp.arange(stride)[None, None] < wanted[..., None])
+  rows, shared = schedule.rows(
+    state.tree,
+    state.paths,
+    slots,
+    own,
+    shared=shape.shared,
+    depth=shape.depth,
+    stride=shape.decoder.stride,
+  )
+  tree, node = (x[..., None] for x in growth.targets(slots, state.tree))
+  place = (rows.base // shape.page)[..., None] + jnp.arange(stride)[None, None]
+  place = jnp.where(own == pages_lib.NO_PAGE, shape.pages_of_segment, place)
   paths = dataclasses.replace(
-    state.paths, pages=state.paths.pages.at[tree, node].set(own, mode="drop")
+    state.paths, pages=state.paths.pages.at[tree, node, place].set(own, mode="drop")
   )
   state = dataclasses.replace(state, slots=slots, rows=rows, pool=pool, paths=paths)
   unfinished = (state.real & ~state.done).sum()
@@ -77,7 +108,7 @@ def _plan(state: Growth, key: jax.Array, heat, reward, shape: Settings) -> Growt
   chance = draws(key, state.tree.prompt_id, state.wave, shape.width)
   step = functools.partial(_next, shape=shape)
   cuts, status = jax.vmap(step, in_axes=(0, 0, 0, 0, 0, None))(
-    state.tree, state.paths.entropy, chance, reward, state.before, heat
+    state.tree, state.paths.entropy.mean(-1), chance, reward, state.before, heat
   )
   parent = jnp.where(ready[:, None], cuts.parent, tree_lib.NO_PARENT)
   cuts = dataclasses.replace(cuts, parent=parent)
@@ -91,9 +122,11 @@ def _plan(state: Growth, key: jax.Array, heat, reward, shape: Settings) -> Growt
   done = state.done | (ready & (cuts.parent == tree_lib.NO_PARENT).all(1))
   over = done & ~state.done
   pool, paths = state.pool, state.paths
+  held = (paths.pages != pages_lib.NO_PAGE).sum((1, 2)) + (paths.prompt != pages_lib.NO_PAGE).sum(1)
   free = lambda held: jnp.where(over.reshape(-1, *[1] * (held.ndim - 1)), held, pages_lib.NO_PAGE)
   drop = lambda held: jnp.where(over.reshape(-1, *[1] * (held.ndim - 1)), pages_lib.NO_PAGE, held)
-  pool = pages_lib.release(pages_lib.release(pool, free(paths.prompt)), free(paths.pages))
+  given_back = jnp.concatenate([free(paths.prompt).reshape(-1), free(paths.pages).reshape(-1)])
+  pool = pages_lib.release(pool, given_back)
   return dataclasses.replace(
     state,
     pool=pool,
@@ -101,6 +134,7 @@ def _plan(state: Growth, key: jax.Array, heat, reward, shape: Settings) -> Growt
     done=done,
     before=jnp.where(ready, finished, state.before),
     wave=state.wave + ready,
+    spent=jnp.where(over, held.astype(jnp.int32), state.spent),
   )
 
 
@@ -140,90 +174,125 @@ def _next(
 
 
 def _open(state: Growth, cuts: Cuts, key: jax.Array, shape: Settings) -> Growth:
-  """Attaches new nodes, with the tokens that they are given or have in common with others."""
-  n = state.tree.parent.shape[1]
+  """Attaches new nodes, with the tokens that they are given or draw like known ones."""
+  b, n = state.tree.parent.shape
   live = cuts.parent != tree_lib.NO_PARENT
   new = jnp.where(live, state.tree.size[:, None] + jnp.cumsum(live, 1) - 1, n).astype(jnp.int32)
   tree = jax.vmap(tree_lib.attach)(state.tree, cuts.parent, cuts.source)
-  paths = state.paths
-  above = schedule.ancestry(tree, paths)
-  walkable = jax.vmap(sharing.candidates)(tree, paths.twin) & shape.merge
-  parents = jax.vmap(lambda above, known: jnp.zeros(n, bool).at[above].max(known))(above, walkable)
-  holder = jnp.take_along_axis(above, jnp.minimum(new, n - 1), 1)
-  known = jnp.take_along_axis(parents, holder, 1) & live
-  common = functools.partial(_common, key=jax.random.fold_in(key, TOKENS), shape=shape)
+  state = dataclasses.replace(state, tree=tree)
+  if shape.fallback.place in INSIDE or shape.fallback.window:
+    state = _give(state, new, cuts)
+  if not shape.merge:
+    return state
+  above = schedule.ancestry(tree, state.paths)
+  fresh = jnp.zeros((b, n), bool).at[jnp.arange(b)[:, None], new].set(True, mode="drop")
+  known = (tree.status != tree_lib.UNUSED) & (state.paths.twin == tree_lib.NO_ROW)
+  known &= (tree.depth > 0) & ~fresh
+  parents = jnp.zeros((b, n), bool).at[jnp.arange(b)[:, None], above].max(known)
+  some = fresh & (jnp.take_along_axis(parents, above, 1) | (state.paths.given > 0))
+  # The first of new nodes that know nothing is decoded, the others see what it draws.
+  first = (
+    jnp.full((b, n), n)
+    .at[jnp.arange(b)[:, None], above]
+    .min(jnp.where(fresh, jnp.arange(n)[None], n))
+  )
+  behind = fresh & (jnp.arange(n)[None] > jnp.take_along_axis(first, above, 1))
+  paths = dataclasses.replace(state.paths, waits=state.paths.waits | behind)
+  state = dataclasses.replace(state, paths=paths)
+  return _share(state, fresh, some.any(1), key, shape)
 
-  def one(args):
-    """Of one tree: nothing is compared where no new node has a known one beside it."""
-    some = (args[-1] | (args[-2].given > 0)).any()
-    same = lambda tree, paths, *_: (tree, paths)
-    return jax.lax.cond(some, common, same, *args[:-1])
 
-  tree, paths = jax.lax.map(one, (tree, paths, above, walkable, new, cuts, known))
+def _give(state: Growth, new: Int[Array, "b w"], cuts: Cuts) -> Growth:
+  """Gives new nodes the first tokens of the trajectory that was cut inside a segment."""
+  every, s = jnp.arange(new.shape[0])[:, None], state.tree.tokens.shape[2]
+  kept = jnp.arange(s)[None, None] < cuts.given[..., None]
+
+  def put(x):
+    own = jnp.where(kept, jnp.take_along_axis(x, cuts.guide[..., None], 1), 0)
+    return x.at[every, new].set(own.astype(x.dtype), mode="drop")
+
+  names = ("tokens", "log_probs", "sampled_log_probs")
+  tree = dataclasses.replace(state.tree, **{x: put(state.tree[x]) for x in names})
+  names = ("states", "low", "high", "entropy")
+  paths = dataclasses.replace(
+    state.paths,
+    given=state.paths.given.at[every, new].set(cuts.given, mode="drop"),
+    **{x: put(state.paths[x]) for x in names},
+  )
   return dataclasses.replace(state, tree=tree, paths=paths)
 
 
-def _common(
-  tree: tree_lib.Tree, paths: schedule.Paths, above, walkable: Bool[Array, "n"], new, cuts: Cuts,
-  *, key: jax.Array, shape: Settings,
-):  # fmt: skip
-  """Gives new nodes of one tree what their guides hold, or what others hold that they draw too."""
-  shared = sharing.Shared(guide=cuts.guide, given=cuts.given, whole=jnp.zeros(new.shape, bool))
-  if shape.merge:
-    keys = sampling.row_keys(key, jnp.broadcast_to(tree.prompt_id, new.shape), new)
-    uniform = sampling.uniform(keys, shape.decoder.segment).T
-    shared = sharing.walk(
-      tree, above, walkable, paths.low, paths.high, new, cuts.guide, cuts.given, uniform
-    )
-  whole, guide = shared.whole, shared.guide
-  put = functools.partial(sharing.put, new=new, guide=guide, given=shared.given)
-  note = lambda x, value: x.at[new].set(value, mode="drop")
-  twin = lambda x: note(x, jnp.where(whole, x[guide], 0))
-  tree = dataclasses.replace(
-    tree,
-    tokens=put(tree.tokens),
-    log_probs=put(tree.log_probs),
-    sampled_log_probs=put(tree.sampled_log_probs),
-    length=twin(tree.length),
-    status=note(tree.status, jnp.where(whole, sharing.status_of(tree, guide), tree_lib.OPEN)),
-  )
-  paths = dataclasses.replace(
-    paths,
-    low=put(paths.low),
-    high=put(paths.high),
-    entropy=twin(paths.entropy),
-    state=twin(paths.state),
-    twin=note(paths.twin, jnp.where(whole, guide, tree_lib.NO_ROW)),
-    guide=note(paths.guide, guide),
-    given=note(paths.given, shared.given),
-  )
-  return tree, paths
+def _share(
+  state: Growth, asked: Bool[Array, "b n"], some: Bool[Array, "b"], key: jax.Array, shape: Settings
+) -> Growth:
+  """Lets the nodes asked draw what others hold, in the trees where there is some to be shared."""
+  n, w, j = asked.shape[1], shape.width, shape.pages_of_segment
+  key = jax.random.fold_in(key, TOKENS)
+
+  def common(tree, paths, above, asked):
+    rows = jnp.nonzero(asked, size=w, fill_value=n)[0].astype(jnp.int32)
+    keys = sampling.row_keys(key, jnp.broadcast_to(tree.prompt_id, (w,)), rows)
+    uniform = sampling.uniform(keys, jnp.zeros(w, jnp.int32), shape.decoder.segment).T
+    match = sharing.walk(tree, paths, above, rows, uniform)
+    return sharing.apply(tree, paths, rows, match)
+
+  def apart(tree, paths, above, asked):
+    none = jnp.full((w, j), pages_lib.NO_PAGE, jnp.int32)
+    return tree, paths, none, none
+
+  def one(args):
+    return jax.lax.cond(args[-1], common, apart, *args[:-1])
+
+  above = schedule.ancestry(state.tree, state.paths)
+  tree, paths, more, less = jax.lax.map(one, (state.tree, state.paths, above, asked, some))
+  pool = pages_lib.release(pages_lib.hold(state.pool, more), less)
+  return dataclasses.replace(state, tree=tree, paths=paths, pool=pool)
 
 
 def _admit(state: Growth, key: jax.Array, shape: Settings) -> Growth:
-  """Admits prompts, with their first branches, while the pool can hold their largest trees."""
-  tree, room = state.tree, state.pool.free.shape[0] // shape.pages_of_tree
-  waiting = state.real & ~state.done
-  admitted = waiting & (jnp.cumsum(waiting) <= room)
-  fresh = admitted & ~state.admitted
+  """Admits prompts, with their first branches, while the pool can be expected to hold their trees.
+
+  A tree is expected to come to what those that are done came to; before any is, to half of the
+  largest.
+  """
+  tree, pool, largest = state.tree, state.pool, shape.pages_of_tree
+  running = state.admitted & ~state.done
+  expected = (largest // 2 + state.spent.sum()) // (1 + state.done.sum())
+  held = (state.paths.pages != pages_lib.NO_PAGE).sum((1, 2))
+  taken = jnp.where(running, jnp.maximum(held, expected), 0).sum()
+  waiting = state.real & ~state.admitted
+  rank = jnp.cumsum(waiting)
+  own = -(-(tree.prompt_length - 1) // shape.page)
+  left = schedule.left_over(pool, state.paths, running, largest)[0]
+  prompts = jnp.cumsum(waiting * own)
+  # Where none is under way, the first that waits may become the largest tree.
+  alone = ~running.any()
+  left, prompts = (
+    jnp.where(alone, left - largest, left),
+    jnp.where(alone, prompts - own[jnp.argmax(waiting)], prompts),
+  )
+  fits = (taken + rank * expected <= pool.count.shape[0]) & (prompts <= left)
+  fits |= alone & (rank == 1)
+  fresh = waiting & (jnp.cumsum(waiting & ~fits) == 0)
+
   size = {"width": shape.width, "segment": shape.decoder.segment}
   first = functools.partial(branching.initial, **size, policy=shape.branch)
   chance = first_draws(key, tree.prompt_id, shape=shape)
   count = jnp.where(fresh, jax.vmap(first)(chance.branching[:, 0]), 0)
   parent = jnp.where(jnp.arange(shape.width)[None] < count[:, None], 0, tree_lib.NO_PARENT)
-  tree = jax.vmap(tree_lib.attach)(tree, parent, jnp.full(parent.shape, tree_lib.NO_ROW, jnp.int32))
+  none = jnp.zeros(parent.shape, jnp.int32)
+  cuts = Cuts(parent=parent, source=none + tree_lib.NO_ROW, guide=none, given=none)
+  state = _open(state, cuts, key, shape)
 
-  held = -(-(tree.prompt_length - 1) // shape.page)
   x = shape.pages_of_prompt
-  wanted = fresh[:, None] & (jnp.arange(x)[None] >= x - held[:, None])
-  pool, pages = pages_lib.take(state.pool, wanted.astype(jnp.int32))
+  wanted = fresh[:, None] & (jnp.arange(x)[None] >= x - own[:, None])
+  pool, pages = pages_lib.take(state.pool, wanted)
   prompt = jnp.where(fresh[:, None], pages, state.paths.prompt)
   return dataclasses.replace(
     state,
-    tree=tree,
     pool=pool,
     paths=dataclasses.replace(state.paths, prompt=prompt),
-    admitted=state.admitted | admitted,
+    admitted=state.admitted | fresh,
     fresh=fresh,
     wave=state.wave + fresh,  # wave 0 drew the first branches
   )
