@@ -1,4 +1,6 @@
-"""The page pool: every page is free or held by one, and holds what was last written to it."""
+"""The page pool: a page is free where nobody holds it, and holds what was last written to it."""
+
+import collections
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 from treepo_jax.decoding import pages
 
 PAGES, WANTED = 7, 6
-TAKE, RELEASE, WRITE = jax.jit(pages.take), jax.jit(pages.release), jax.jit(pages.write)
+TAKE, HOLD, RELEASE = jax.jit(pages.take), jax.jit(pages.hold), jax.jit(pages.release)
+WRITE = jax.jit(pages.write)
 
 
 def pool() -> pages.Pool:
@@ -20,43 +23,72 @@ def free(held: pages.Pool) -> list[int]:
   return held.free[: int(held.size)].tolist()
 
 
+def check(state: pages.Pool, held: collections.Counter) -> None:
+  """Asserts that each page has the holders that it should have, and that the others are free."""
+  assert state.count.tolist() == [held[page] for page in range(PAGES)]
+  assert sorted(free(state)) == [page for page in range(PAGES) if not held[page]]
+
+
 @given(st.data())
-def test_every_page_is_free_or_held_once(data):
-  state, held = pool(), set()
+def test_a_page_is_free_exactly_where_nobody_holds_it(data):
+  state, held = pool(), collections.Counter()
   for _ in range(data.draw(st.integers(1, 12))):
-    if data.draw(st.booleans()):
+    step = data.draw(st.sampled_from(["take", "hold", "release"]))
+    if step == "take":
       most = min(WANTED, PAGES - len(held))
-      mask = data.draw(st.permutations([1] * data.draw(st.integers(0, most)) + [0] * WANTED))
-      mask = np.array(mask[:WANTED], np.int32)
+      mask = data.draw(st.permutations([True] * data.draw(st.integers(0, most)) + [False] * WANTED))
+      mask = np.array(mask[:WANTED], bool)
       state, got = TAKE(state, mask)
       got = np.asarray(got)
-      assert ((got == pages.NO_PAGE) == (mask == 0)).all()
-      taken = got[mask == 1].tolist()
-      assert len(set(taken)) == len(taken) and not held & set(taken)
-      held |= set(taken)
+      assert ((got == pages.NO_PAGE) == ~mask).all()
+      taken = got[mask].tolist()
+      assert len(set(taken)) == len(taken) and not set(held) & set(taken)
+      held.update(taken)
     else:
-      back = sorted(held)
-      back = back[: data.draw(st.integers(0, min(len(back), WANTED)))]
-      named = data.draw(st.permutations(back + [pages.NO_PAGE] * (WANTED - len(back))))
-      state = RELEASE(state, np.array(named, np.int32))
-      held -= set(back)
-    assert sorted([*free(state), *held]) == [*range(PAGES)]
+      # Of each holder at most one entry of a release; a page may be named as often as it is held.
+      entries = sorted(held.elements()) if step == "release" else sorted(held) * 2
+      named = data.draw(st.permutations(entries))[: data.draw(st.integers(0, WANTED))]
+      named += [pages.NO_PAGE] * (WANTED - len(named))
+      named = data.draw(st.permutations(named))
+      change = collections.Counter(page for page in named if page != pages.NO_PAGE)
+      if step == "hold":
+        state = HOLD(state, np.array(named, np.int32))
+        held.update(change)
+      else:
+        state = RELEASE(state, np.array(named, np.int32))
+        held -= change  # drops those of nobody
+    check(state, held)
 
 
 def test_all_pages_can_be_held():
-  state, got = pages.take(pool(), jnp.ones(PAGES, jnp.int32))
+  state, got = TAKE(pool(), np.ones(PAGES, bool))
   assert sorted(got.tolist()) == [*range(PAGES)] and state.size == 0
-  state, none = pages.take(state, jnp.zeros(3, jnp.int32))
-  assert none.tolist() == [pages.NO_PAGE] * 3
-  state = pages.release(state, got)
-  assert sorted(free(state)) == [*range(PAGES)]
+  state, none = TAKE(state, np.zeros(PAGES, bool))
+  assert none.tolist() == [pages.NO_PAGE] * PAGES
+  check(RELEASE(state, got), collections.Counter())
 
 
 def test_pages_keep_the_shape_they_are_asked_in():
-  state, got = pages.take(pool(), jnp.array([[1, 0], [0, 1], [1, 1]]))
+  state, got = TAKE(pool(), np.array([[1, 0], [0, 1], [1, 1]], bool))
   assert got.shape == (3, 2)
   assert (got == pages.NO_PAGE).tolist() == [[False, True], [True, False], [False, False]]
-  assert sorted(free(pages.release(state, got))) == [*range(PAGES)]
+  state = HOLD(state, got)
+  check(state, collections.Counter({page: 2 for page in got.ravel().tolist() if page >= 0}))
+  check(RELEASE(RELEASE(state, got), got), collections.Counter())
+
+
+def test_a_page_that_several_give_back_at_once_is_free_once():
+  state, got = TAKE(pool(), np.array([True, True, False]))
+  first, second, _ = got.tolist()
+  state = HOLD(state, np.array([first, pages.NO_PAGE, first], np.int32))
+  check(state, collections.Counter({first: 3, second: 1}))
+  state = RELEASE(state, np.array([first, second, first], np.int32))
+  check(state, collections.Counter({first: 1}))
+  state, again = TAKE(state, np.ones(PAGES - 1, bool))
+  assert first not in again.tolist()
+  state = HOLD(state, again[:2])
+  everything = np.array([*again.tolist(), first, *again[:2].tolist()], np.int32)
+  check(RELEASE(state, everything), collections.Counter())
 
 
 def test_pages_hold_what_was_written_last():

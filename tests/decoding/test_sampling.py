@@ -17,7 +17,7 @@ FALSE_ALARM = 1e-4  # of a right sampler so many seeds fail
 @functools.cache
 def _draw(temperature: float, vocabulary: int):
   def run(logits, u):
-    token = sampling.draw(logits, u, u[:, None], temperature, vocabulary).token
+    token = sampling.draw(logits, u, temperature, vocabulary).token
     return token, sampling.log_prob(logits, token)
 
   return jax.jit(run)
@@ -34,6 +34,17 @@ def some_logits(seed: int, scale: float = 2.0) -> np.ndarray:
   return (scale * np.random.default_rng(seed).normal(size=SIZE)).astype(np.float32)
 
 
+@functools.cache
+def _uniform(count: int):
+  return jax.jit(lambda keys, first: sampling.uniform(keys, first, count))
+
+
+def numbers_at(keys, first, step: int) -> np.ndarray:
+  """Returns the numbers of one step, asked for from each row's own first step on."""
+  found = _uniform(step + 1)(keys, first)
+  return np.take_along_axis(np.asarray(found), step - np.asarray(first)[None], 0)[0]
+
+
 def law(logits: np.ndarray, temperature: float) -> np.ndarray:
   chance = special.softmax(logits[:VOCABULARY].astype(np.float64) / temperature)
   return np.concatenate([chance, np.zeros(SIZE - VOCABULARY)])
@@ -44,7 +55,8 @@ def test_draws_pass_a_chi_square_test(temperature):
   count, logits = 40_000, some_logits(0)
   prompts = np.repeat(np.arange(count // 8, dtype=np.uint32), 8)
   keys = sampling.row_keys(jax.random.key(5), jnp.asarray(prompts), jnp.arange(count) % 8)
-  token, _ = draw(logits, sampling.uniform(keys, 4)[3], temperature)
+  first = jnp.asarray(np.arange(count) % 3)  # the fourth token of each, wherever it is asked for
+  token, _ = draw(logits, numbers_at(keys, first, 3), temperature)
   expected = count * law(logits, temperature)
   found = np.bincount(token, minlength=SIZE)
   rare = expected < 5
@@ -123,27 +135,11 @@ def test_log_prob_is_the_policys_at_temperature_one(temperature):
   np.testing.assert_allclose(log_prob, special.log_softmax(logits)[token], atol=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0])
-def test_others_agree_where_they_draw_the_same(temperature):
-  logits = some_logits(6)
-  logits[40:200] = -np.inf  # a block without weight, and parts of two
-  u = np.random.default_rng(0).random(2000).astype(np.float32)
-  u[:3] = 0, np.nextafter(np.float32(1), np.float32(0)), 0.5
-  token, _ = draw(logits, u, temperature)
-  picked = np.r_[0:3, 3:40]
-  rows = np.broadcast_to(logits, (len(picked), SIZE))
-  others = np.broadcast_to(u, (len(picked), len(u)))
-  agree = jax.jit(lambda x, u, others: sampling.draw(x, u, others, temperature, VOCABULARY))
-  same = agree(rows, u[picked], others).same
-  np.testing.assert_array_equal(same, token[picked][:, None] == token[None])
-
-
 @functools.cache
 def _filtered(temperature: float, vocabulary: int, top_k: int, top_p: float, min_p: float):
   def run(logits, u):
     rows = jnp.broadcast_to(logits[None], (len(u), len(logits)))
-    none = jnp.zeros((len(u), 0))
-    drawn = sampling.draw(rows, u, none, temperature, vocabulary, top_k, top_p, min_p)
+    drawn = sampling.draw(rows, u, temperature, vocabulary, top_k, top_p, min_p)
     return drawn, sampling.sampled_log_prob(rows, drawn.token, drawn.norm, temperature)
 
   return jax.jit(run)
@@ -243,7 +239,7 @@ def test_equals_stay_or_go_together():
 def test_a_known_token_that_was_not_kept_has_a_finite_log_prob():
   @jax.jit
   def run(logits):
-    drawn = sampling.draw(logits, jnp.zeros(1), jnp.zeros((1, 0)), 0.5, 3, 1)
+    drawn = sampling.draw(logits, jnp.zeros(1), 0.5, 3, 1)
     return sampling.sampled_log_prob(logits, jnp.asarray([1]), drawn.norm, 0.5)
 
   assert run(jnp.asarray([[2.0, 1.0, 0.0]])).tolist() == [-2.0]
@@ -324,7 +320,7 @@ NODES = np.array([1, 1, 3, 4, 3, 12], np.int32)
 
 def numbers(ids, nodes, step: int, seed: int = 0) -> np.ndarray:
   keys = sampling.row_keys(jax.random.key(seed), jnp.asarray(ids), jnp.asarray(nodes))
-  return np.asarray(sampling.uniform(keys, step + 1)[step])
+  return numbers_at(keys, np.zeros(nodes.shape, np.int32), step)
 
 
 def test_draws_follow_the_identity_and_not_the_place():
@@ -334,6 +330,17 @@ def test_draws_follow_the_identity_and_not_the_place():
   grouped = numbers(IDS.reshape(2, 3), NODES.reshape(2, 3), 2)
   np.testing.assert_array_equal(grouped, alone.reshape(2, 3))
   np.testing.assert_array_equal(numbers(IDS[3:4], NODES[3:4], 2), alone[3:4])
+
+
+def test_draws_follow_the_step_and_not_where_the_call_began():
+  keys = sampling.row_keys(jax.random.key(0), jnp.asarray(IDS), jnp.asarray(NODES))
+  whole = np.asarray(_uniform(8)(keys, jnp.zeros(len(IDS), jnp.int32)))
+  first = np.array([0, 5, 2, 2, 4, 1], np.int32)
+  found = np.asarray(_uniform(3)(keys, first))
+  steps = first[None] + np.arange(3)[:, None]
+  np.testing.assert_array_equal(found, np.take_along_axis(whole, steps, 0))
+  grouped = _uniform(3)(keys.reshape(2, 3), first.reshape(2, 3))
+  np.testing.assert_array_equal(np.reshape(grouped, (3, 6)), found)
 
 
 def test_every_part_of_the_identity_counts():

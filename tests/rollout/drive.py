@@ -36,7 +36,14 @@ STOP = {"eos": segment_lib.AT_EOS, "answer": segment_lib.AT_ANSWER}
 CLOSED = 100  # state of the box automaton
 
 DEFAULTS = {"width": 8, "depth": 4, "segment": 4, "initial": 2, "remainder": "last"}
-FLAT = {"prompt_length": 6, "repetition_window": 2, "repetition_count": 2, "page": 2, "group": 4}
+FLAT = {
+  "prompt_length": 6,
+  "least": 1,
+  "repetition_window": 2,
+  "repetition_count": 2,
+  "page": 2,
+  "group": 4,
+}
 FALLBACK = {"place": "fallback", "source": "fallback_from"}
 FALLBACK |= {name: f"fallback_{name}" for name in ("window", "windows", "block", "least")}
 
@@ -50,6 +57,7 @@ def settings(*, prompts: int = 1, **changes) -> growth_lib.Settings:
   """Returns small settings of `rules` and others; `pages` counts trees, as many as prompts."""
   trees = changes.pop("pages", prompts)
   draw = changes.pop("initial_draw", "prompt")
+  stride = changes.pop("stride", 0)
   names = {field.name for field in dataclasses.fields(oracle.Rules)}
   r = rules(**{name: changes.pop(name) for name in names & set(changes)})
   same = lambda policy, **others: policy(
@@ -74,11 +82,13 @@ def settings(*, prompts: int = 1, **changes) -> growth_lib.Settings:
     min_length=r.min_length,
     decoder=segment_lib.Settings(
       segment=r.segment,
+      stride=stride or r.segment,
       temperature=1.0,
       vocabulary=2**31 - 1,
       eos_ids=(),
       closed=CLOSED,
       stop_at=r.stop_at,
+      entropy=r.prune == "entropy",
     ),
     pages=0,
     unroll=False,
@@ -95,25 +105,9 @@ def token(prompt_id: int, row: int, step: int) -> int:
   return (x ^ x >> 15) >> 1
 
 
-def written(
-  prompt_id: int, row: int, length: int, why: str | None, merged: bool = False
-) -> list[int]:
-  """Returns the tokens of a segment; one that repeats itself is one token again and again.
-
-  merged: rows say the same in pairs, and two pairs begin alike.
-  """
-  who = lambda i: row // (4 if i < 2 else 2) if merged else row
-  steps = [0 if why == "repetition" else i for i in range(length)]
-  return [token(prompt_id, who(i), i) for i in steps]
-
-
-def merges(growth: growth_lib.Growth) -> bool:
-  return growth.slots.followers.shape[-1] > 0
-
-
-def in_pairs(script: Script) -> Script:
-  """Returns a script that says the same of rows 2 k and 2 k + 1."""
-  return lambda name, row, depth: script(name, row // 2, depth)
+def written(prompt_id: int, row: int, length: int, why: str | None) -> list[int]:
+  """Returns the tokens of a segment; one that repeats itself is one token again and again."""
+  return [token(prompt_id, row, 0 if why == "repetition" else i) for i in range(length)]
 
 
 def boxed(prompt_id: int, row: int) -> bool:
@@ -123,7 +117,7 @@ def boxed(prompt_id: int, row: int) -> bool:
 
 def state(prompt_id: int, row: int) -> int:
   """Returns where the automaton stands after a node."""
-  return CLOSED if row and boxed(prompt_id, row) else token(prompt_id, row, 99) % 100 if row else 0
+  return CLOSED if boxed(prompt_id, row) else token(prompt_id, row, 99) % 100
 
 
 def log_probs(prompt_id: int, row: int, length: int) -> list[float]:
@@ -162,14 +156,14 @@ def hazards(segment: int, shape: growth_lib.Settings | None = None) -> Script:
 
 @functools.cache
 def programs(shape: growth_lib.Settings, layers: int = 1):
-  """Returns create, store and plan, compiled."""
+  """Returns create, take and plan, compiled."""
 
   def create(tokens, length, identity, real):
     pool = pages_lib.create(layers, shape.pages, 1, shape.page, 1, jnp.float32)
     return growth_lib.create(tokens, length, identity, real, shape=shape, pool=pool)
 
-  store = jax.jit(functools.partial(growth_lib.store, shape=shape))
-  return jax.jit(create), store, jax.jit(functools.partial(planning.advance, shape=shape))
+  take = jax.jit(functools.partial(planning.take, shape=shape))
+  return jax.jit(create), take, jax.jit(functools.partial(planning.advance, shape=shape))
 
 
 def run(
@@ -183,7 +177,7 @@ def run(
   heat: float = 1.0,
 ) -> Iterator[tuple[growth_lib.Growth, np.ndarray]]:
   """Yields the state on the host after each planning, with what the host is told; last: the end."""
-  create, store, plan = programs(shape)
+  create, take, plan = programs(shape)
   tokens = np.zeros((len(ids), shape.prompt_length), np.int32)
   lengths = lengths or [3] * len(ids)
   for b, n in enumerate(lengths):
@@ -194,20 +188,22 @@ def run(
     np.array(ids, np.uint32),
     np.array(real or [True] * len(ids)),
   )
-  segment = segment_lib.nothing((shape.groups, shape.group), shape.decoder.segment, shape.followers)
+  segment = segment_lib.nothing((shape.groups, shape.group), shape.decoder.stride)
+  first: dict[tuple[int, int], int] = {}  # tokens that a node was given to begin with
   while True:
-    growth = jax.device_get(store(growth, segment))
+    key = jax.random.key(seed)
+    growth = jax.device_get(take(growth, segment, key))
     leaves = growth.tree.leaves
     earned = [
       [reward(i, row) if row > 0 else 0.0 for row in own]
       for i, own in zip(ids, leaves.tolist(), strict=True)
     ]
     earned = np.array(earned, np.float32)
-    growth, need = jax.device_get(plan(growth, jax.random.key(seed), np.float32(heat), earned))
+    growth, need = jax.device_get(plan(growth, key, np.float32(heat), earned))
     yield growth, need
     if not need[3]:
       return
-    segment = write(growth, script)
+    segment = write(growth, script, first)
 
 
 def began(script: Script, name: int, row: int, depth: int, given: int) -> tuple:
@@ -220,34 +216,31 @@ def began(script: Script, name: int, row: int, depth: int, given: int) -> tuple:
   return length, why, *(loops if not given else [])
 
 
-def write(growth: growth_lib.Growth, script: Script) -> segment_lib.Segment:
-  """Returns what the script says of the rows in use."""
+def write(
+  growth: growth_lib.Growth, script: Script, first: dict[tuple[int, int], int]
+) -> segment_lib.Segment:
+  """Returns what the script says of the rows in use, a stride of it.
+
+  first: tokens that each node was given to begin with; filled.
+  """
   slots, tree = growth.slots, growth.tree
-  groups, members = slots.live.shape
-  followers = slots.followers.shape[2]
-  empty = segment_lib.nothing((groups, members), tree.tokens.shape[2], followers)
-  out = jax.tree.map(lambda x: np.array(x), empty)
+  stride = growth.rows.tokens.shape[-1]
+  out = jax.tree.map(lambda x: np.array(x), segment_lib.nothing(slots.live.shape, stride))
   for at in zip(*np.nonzero(slots.live), strict=True):
     b, row = int(slots.tree[at]), int(slots.node[at])
-    name = int(tree.prompt_id[b])
-    depth = int(tree.depth[b, row])
-    given = 0 if merges(growth) else int(growth.paths.given[b, row])
-    length, why, *_ = began(script, name, row, depth, given)
-    said = tree.tokens[b, row, :given].tolist()
-    said += written(name, row, length, why, merges(growth))[given:]
-    out.tokens[at][:length] = said
-    for f, other in enumerate(slots.followers[at].tolist()):
-      if other != tree_lib.NO_ROW:
-        twin = row // 2 == other // 2
-        also = written(name, other, *script(name, other, depth)[:2], merged=True)
-        common = [a == b for a, b in zip(said, also, strict=False)] + [False]
-        out.agreed[at][f] = length if twin else min(common.index(False), length - 1)
-    out.log_probs[at][:length] = log_probs(name, row, length)
-    out.sampled_log_probs[at][:length] = log_probs(name, row, length)
-    out.entropy[at] = entropy(name, row) * length
-    out.length[at] = length
-    out.state[at] = state(name, row)
-    out.stop[at] = STOP[why] if why in STOP else segment_lib.CONTINUES
+    name, base = int(tree.prompt_id[b]), int(growth.rows.base[at])
+    given = first.setdefault((b, row), int(growth.paths.given[b, row]))
+    length, why, *_ = began(script, name, row, int(tree.depth[b, row]), given)
+    said = tree.tokens[b, row, :given].tolist() + written(name, row, length, why)[given:]
+    stop = min(length, base + stride)
+    here = slice(0, stop - base)
+    out.tokens[at][here] = said[base:stop]
+    out.log_probs[at][here] = log_probs(name, row, length)[base:stop]
+    out.sampled_log_probs[at][here] = log_probs(name, row, length)[base:stop]
+    out.entropy[at][here] = entropy(name, row)
+    out.states[at][here] = state(name, row)
+    out.length[at] = stop - base
+    out.stop[at] = STOP[why] if why in STOP and stop == length else segment_lib.CONTINUES
   return out
 
 
@@ -275,18 +268,12 @@ def check_texts(growth: growth_lib.Growth, b: int, script: Script, expected: dic
     given = expected["given"][row] if row < tree.size else 0
     why = began(script, name, row, int(tree.depth[row]), given)[1] if n else None
     guide = expected["guide"][row] if given else 0
-    twin = int(growth.paths.twin[b, row])
-    texts[row] = written(name, row, n, why, merges(growth))
+    texts[row], logs[row] = written(name, row, n, why), log_probs(name, row, n)
     if given:
-      texts[row][:given] = texts[guide][:given]
-    logs[row] = logs[twin] if twin != tree_lib.NO_ROW else log_probs(name, row, n)
-    copied = int(growth.paths.given[b, row])
-    if copied and twin == tree_lib.NO_ROW:
-      logs[row][:copied] = logs[int(growth.paths.guide[b, row])][:copied]
+      texts[row][:given], logs[row][:given] = texts[guide][:given], logs[guide][:given]
     assert tree.tokens[row, :n].tolist() == texts[row]
     assert tree.log_probs[row, :n].tolist() == logs[row]
     assert not tree.tokens[row, n:].any() and not tree.log_probs[row, n:].any()
-    assert twin == tree_lib.NO_ROW or (twin < row and twin // 2 == row // 2)
 
 
 def rules_of(shape: growth_lib.Settings, heat: float) -> oracle.Rules:

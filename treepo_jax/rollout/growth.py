@@ -182,9 +182,11 @@ def store(growth: Growth, segment: segment_lib.Segment, *, shape: Settings) -> G
   own = jnp.arange(slots.live.size, dtype=jnp.int32).reshape(slots.live.shape)
   note = lambda old, new: old.at[at].set(new, mode="drop")
   row = note(jnp.full((b, n), -1, jnp.int32), own)
-  count, start = (note(jnp.zeros((b, n), jnp.int32), x)[..., None] for x in (length, base))
+  count, start, most = (
+    note(jnp.zeros((b, n), jnp.int32), x)[..., None] for x in (length, base, allowed)
+  )
   step = jnp.arange(s)[None, None]
-  fresh = (row != -1)[..., None] & (step >= jnp.minimum(paths.given[..., None], count))
+  fresh = (row != -1)[..., None] & (step >= jnp.minimum(paths.given[..., None], most))
   place = jnp.clip(step - start, 0, shape.decoder.stride - 1)
 
   def tokens(old, new):
@@ -202,7 +204,8 @@ def store(growth: Growth, segment: segment_lib.Segment, *, shape: Settings) -> G
     length=note(tree.length, jnp.where(over, length, 0)),
     status=note(tree.status, status),
   )
-  paths = dataclasses.replace(paths, given=note(paths.given, length))
+  known = jnp.maximum(paths.given[slots.tree, slots.node], length)
+  paths = dataclasses.replace(paths, given=note(paths.given, known))
 
   ended = tree.status >= tree_lib.EOS
   pool = pages_lib.release(growth.pool, jnp.where(ended[..., None], paths.pages, pages_lib.NO_PAGE))
