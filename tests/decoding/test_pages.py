@@ -45,7 +45,7 @@ def test_a_page_is_free_exactly_where_nobody_holds_it(data):
       assert len(set(taken)) == len(taken) and not set(held) & set(taken)
       held.update(taken)
     else:
-      # Of each holder at most one entry of a release; a page may be named as often as it is held.
+      # a page may be named as often as it is held
       entries = sorted(held.elements()) if step == "release" else sorted(held) * 2
       named = data.draw(st.permutations(entries))[: data.draw(st.integers(0, WANTED))]
       named += [pages.NO_PAGE] * (WANTED - len(named))

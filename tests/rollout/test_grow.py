@@ -20,7 +20,7 @@ from tests import toy
 from treepo_jax import config as config_lib
 from treepo_jax.model import mesh as mesh_lib
 from treepo_jax.model import transformer
-from treepo_jax.rollout import grow
+from treepo_jax.rollout import grow, schedule
 from treepo_jax.rollout import tree as tree_lib
 
 ARCH = transformer.Architecture(
@@ -261,10 +261,9 @@ def test_rows_groups_pages_and_unrolling_do_not_matter(changes, trees, unroll, m
 
 def test_decoders_are_large_enough_and_few():
   for most, factor in itertools.product((1, 5, 64), (2, 4)):
-    sizes = {needed: grow._bucket(needed, most, 2, factor) for needed in range(most + 1)}
-    assert all(needed <= size <= most for needed, size in sizes.items())
-    assert len(set(sizes.values())) <= math.log(max(most // 2, 1), factor) + 1
-    assert min(sizes.values()) >= min(most, 2)
+    sizes = schedule.sizes(most, 2, factor)
+    assert max(sizes) == most and min(sizes) >= min(most, 2)
+    assert len(sizes) <= math.log(max(most // 2, 1), factor) + 1
 
 
 def test_eight_devices_grow_what_one_does():

@@ -1,7 +1,9 @@
 """Which nodes are decoded next, and that each row is told of its own path and nothing else."""
 
+import collections
 import dataclasses
 import functools
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -13,149 +15,287 @@ from hypothesis import strategies as st
 from tests import rollout_oracle as oracle
 from tests.rollout import drive
 from treepo_jax.decoding import pages as pages_lib
-from treepo_jax.rollout import schedule
+from treepo_jax.decoding import sampling
+from treepo_jax.decoding import segment as segment_lib
+from treepo_jax.rollout import growth as growth_lib
+from treepo_jax.rollout import planning, schedule
 from treepo_jax.rollout import tree as tree_lib
 
 TREES, WIDTH, DEPTH = 3, 4, 2
+NODES, PER_NODE, STRIDE, SLOTS = 1 + WIDTH * DEPTH, 4, 2, 1000  # in pages of one token
+SHAPES = [(1, 1, 1), (2, 3, 1), (4, 2, 1), (12, 2, 2), (12, 2, 12)]  # groups, members, least
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(2, 5))
+def test_sizes_are_the_most_and_ever_smaller_ones(most, least, factor):
+  found = schedule.sizes(most, least, factor)
+  assert found[0] == most
+  assert all(b == a // factor and b >= least for a, b in zip(found, found[1:], strict=False))
+  assert found[-1] // factor < least
 
 
 @functools.cache
-def _fill(groups: int, members: int, followers: int = 0):
-  return jax.jit(lambda tree, paths: schedule.fill(tree, paths, groups, members, followers))
+def _fill(groups: int, members: int, least: int):
+  sizes = {"groups": groups, "members": members, "least": least}
+  return jax.jit(functools.partial(schedule.fill, stride=STRIDE, largest=SLOTS, **sizes))
 
 
 def _paths(trees: int, nodes: int, **changes) -> schedule.Paths:
   zero = np.zeros((trees, nodes), np.int32)
-  pages = {"prompt": zero[:, :1], "pages": zero[..., None], "state": zero}
-  bundles = {"twin": zero - 1, "guide": zero, "given": zero}
-  none = np.zeros((trees, nodes, 1), np.float32)
-  shares = {"low": none, "high": none, "entropy": none[..., 0]}
-  return schedule.Paths(**jax.tree.map(jnp.asarray, pages | bundles | shares | changes))
+  none = np.zeros((trees, nodes, PER_NODE), np.float32)
+  missing = none.astype(np.int32) - 1
+  pages = {"prompt": missing[:, :1, 0], "pages": missing, "states": none.astype(np.int8)}
+  known = {"twin": zero - 1, "given": zero, "waits": zero > 0}
+  shares = {"low": none, "high": none, "entropy": none}
+  return schedule.Paths(**jax.tree.map(jnp.asarray, pages | known | shares | changes))
 
 
-@given(
-  st.lists(st.sets(st.integers(1, WIDTH * DEPTH)), min_size=TREES, max_size=TREES),
-  st.sampled_from([(1, 1), (2, 3), (4, 2), (12, 2)]),
-)
-def test_open_nodes_fill_the_groups_in_order(opened, shape):
-  groups, members = shape
+def _tree(status: np.ndarray) -> tree_lib.Tree:
   tree = tree_lib.create(
     jnp.ones((TREES, 1), jnp.int32),
     jnp.ones(TREES, jnp.int32),
     jnp.arange(TREES, dtype=jnp.uint32),
     width=WIDTH,
     depth=DEPTH,
-    segment=1,
+    segment=PER_NODE,
   )
-  status = np.array(tree.status)
-  expected = []
-  for b, rows in enumerate(opened):
-    status[b, sorted(rows)] = tree_lib.OPEN
-    rows = [(b, row) for row in sorted(rows)]
-    expected += [rows[i : i + members] for i in range(0, len(rows), members)]
-  tree = dataclasses.replace(tree, status=jnp.asarray(status))
-  slots, used = _fill(*shape)(tree, _paths(*status.shape))
-  expected = expected[:groups]
-  assert used == len(expected)
-  for g in range(groups):
-    live = np.asarray(slots.live[g])
-    found = np.stack([slots.tree[g], slots.node[g]], -1)[live]
-    assert found.tolist() == [list(row) for row in (expected[g] if g < len(expected) else [])]
+  return dataclasses.replace(tree, status=jnp.asarray(status, jnp.int32))
 
 
-def test_open_nodes_of_one_context_follow_the_first():
-  #        0        1, 4, 5, 6 and 7 are open below the prompt: 4 and 6 left guide 2 after 3 tokens,
-  #    1 2 3 4..7   7 left it after 2; below 2 and its twin 3 are 8 and 9, all three one context
-  #      |/           with 10 below 2
-  #   8 10 9
-  parent = np.array([[-1, 0, 0, 0, 0, 0, 0, 0, 2, 3, 2, -1, -1]], np.int32)
-  status = np.full(parent.shape, tree_lib.UNUSED, np.int32)
-  status[0, [1, 4, 5, 6, 7, 8, 9, 10]] = tree_lib.OPEN
-  status[0, [0, 2, 3]] = tree_lib.INNER
-  twin, guide, given_ = np.full(parent.shape, -1), np.zeros_like(parent), np.zeros_like(parent)
-  twin[0, 3], guide[0, [4, 6, 7]], given_[0, [4, 6]], given_[0, 7] = 2, 2, 3, 2
-  paths = _paths(*parent.shape, twin=twin.astype(np.int32), guide=guide, given=given_)
-  tree = tree_lib.create(
-    jnp.ones((1, 1), jnp.int32), jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.uint32),
-    width=12, depth=1, segment=1,
-  )  # fmt: skip
-  tree = dataclasses.replace(tree, parent=jnp.asarray(parent), status=jnp.asarray(status))
-  slots, used = _fill(3, 2, 11)(tree, paths)
-  bundles = {}
-  for at in zip(*np.nonzero(slots.live), strict=True):
-    row = slots.followers[at].tolist()
-    bundles[int(slots.node[at])] = [f for f in row if f != tree_lib.NO_ROW]
-  assert bundles == {1: [5], 4: [6], 7: [], 8: [9, 10]} and used == 2
-  rows, shared = schedule.rows(
-    tree, paths, slots, jnp.zeros((3, 2, 1), jnp.int32), shared=2, depth=2, page=1
-  )
-  assert shared == 1 and rows.given[slots.live].tolist() == [0, 3, 2, 0]
+def _groups(status, waits, groups: int, members: int, least: int) -> list[list[tuple[int, int]]]:
+  """Returns the nodes of each group that is filled, where there are pages for all."""
+  leading, others = [], []
+  for b in range(TREES):
+    rows = [row for row in range(NODES) if status[b, row] == tree_lib.OPEN]
+    rows.sort(key=lambda row: (waits[b, row], row))
+    parts = [[(b, row) for row in rows[i : i + members]] for i in range(0, len(rows), members)]
+    count = -(-sum(not waits[b, row] for row in rows) // members)
+    leading, others = leading + parts[:count], others + parts[count:]
+  needed = min(len(leading), groups)
+  size = min(size for size in schedule.sizes(groups, least, schedule.GROWS) if size >= needed)
+  return (leading + others)[:size]
 
 
-@pytest.mark.parametrize(
-  "changes",
-  [
-    {"pages": 2, "groups": 3, "group": 2},
-    {"segment": 4, "page": 1, "depth": 3, "group": 8},
-    {"depth": 1, "page": 4},
-  ],
+NODE = st.sampled_from(["none", "none", "leads", "leads", "waits"])
+
+
+@given(
+  st.lists(st.lists(NODE, min_size=NODES - 1, max_size=NODES - 1), min_size=TREES, max_size=TREES),
+  st.sampled_from(SHAPES),
+  st.integers(0, 2**32 - 1),
+  st.one_of(st.just(SLOTS), st.integers(0, 40)),  # pages that others than the oldest may take
 )
-def test_rows_see_the_pages_of_their_path_alone(changes):
-  # The pages are followed as a pool would be: what was last written to each, by its name.
-  lengths = [1, 2, 3, 4, 5, 6]
-  names = [3, 2, 9, 14, 19, 1]
-  shape = drive.settings(prompts=6, **changes)
-  segment, page, per_node = shape.decoder.segment, shape.page, shape.pages_of_segment
-  written: dict[int, tuple] = {}
-  checked = 0
-  for growth, need in drive.run(shape, names, drive.hazards(segment), lengths=lengths):
+def test_leading_nodes_fill_the_groups_in_order_and_others_what_is_empty(nodes, shape, seed, left):
+  groups, members, _ = shape
+  random = np.random.default_rng(seed)
+  kinds = np.array([["prompt", *row] for row in nodes])
+  status = np.where(kinds == "none", tree_lib.UNUSED, tree_lib.OPEN)
+  status[:, 0] = tree_lib.INNER
+  running = (status == tree_lib.OPEN).any(1) | (random.random(TREES) < 0.5)
+  held, given_ = random.integers(0, PER_NODE, (2, TREES, NODES))
+  held[status != tree_lib.OPEN] = 0
+  names = np.arange(TREES * NODES * PER_NODE).reshape(TREES, NODES, PER_NODE) + 7
+  names[:, :, 0] = 7 + NODES * PER_NODE * np.arange(TREES)[:, None]  # one that all nodes share
+  own = np.where(np.arange(PER_NODE) < held[..., None], names, -1).astype(np.int32)
+  prompt = np.arange(TREES, dtype=np.int32)[:, None]
+  paths = _paths(
+    TREES, NODES, prompt=prompt, pages=own, given=given_.astype(np.int32), waits=kinds == "waits"
+  )
+  oldest = int(np.argmax(running))
+  mine = len({int(prompt[oldest, 0]), *own[oldest][own[oldest] >= 0].tolist()})
+  pool = pages_lib.create(1, SLOTS, 1, 1, 1, jnp.float32)
+  kept = SLOTS - mine if running.any() else 0
+  pool = dataclasses.replace(pool, size=jnp.asarray(kept + left, jnp.int32))
+  assert jax.device_get(schedule.left_over(pool, paths, jnp.asarray(running), SLOTS)[0]) == left
+
+  slots, used, takes = jax.device_get(_fill(*shape)(_tree(status), paths, pool, running))
+  expected, most, full = {}, 0, False
+  for g, group in enumerate(_groups(status, kinds == "waits", *shape)):
+    for m, (b, row) in enumerate(group):
+      pages = min(PER_NODE - min(held[b, row], given_[b, row]), STRIDE)
+      most += pages * (b != oldest)
+      full |= most > left
+      if b == oldest or not full:  # the oldest has pages of its own
+        expected[g, m] = (b, row, pages)
+  assert not full or left < SLOTS
+  found = {}
+  for g, m in np.ndindex(groups, members):
+    if slots.live[g, m]:
+      found[g, m] = (int(slots.tree[g, m]), int(slots.node[g, m]), int(takes[g, m]))
+    else:
+      assert slots.tree[g, m] == slots.node[g, m] == takes[g, m] == 0
+  assert found == expected
+  assert used == 1 + max((g for g, _ in expected), default=-1)
+  assert sum(pages for b, _, pages in found.values() if b != oldest) <= left
+
+
+# ------------------------------------------------------------------------------------------------
+# Whole rollouts, decoded by hand: a token follows from the text before and the node's own number.
+# ------------------------------------------------------------------------------------------------
+
+ENDS = np.cumsum([0.55, 0.35, 0.1])  # of the three tokens' shares
+EOS = 3
+
+
+def _code(*what) -> int:
+  return zlib.crc32(repr(what).encode())
+
+
+def _state(name: int, text: tuple[int, ...]) -> int:
+  """Returns the automaton's state after an answer's tokens so far; 0 before the first."""
+  return _code("state", name, text) % 100 if text else 0
+
+
+def _log_prob(name: int, text: tuple[int, ...]) -> float:
+  return -(_code("log", name, text) % 192 + 1) / 64
+
+
+def _drawn(name: int, text: tuple[int, ...], number: float) -> tuple[int, float, float, bool]:
+  """Returns what follows a text: the token, its interval, and whether the answer ends there."""
+  turn = _code("turn", name, text) % 3
+  k = int(np.searchsorted(ENDS[:-1], number, side="right"))
+  low = ENDS[k - 1] if k else 0.0
+  token = 1 + (k + turn) % 3
+  return token, low, ENDS[k], token == EOS and _code("end", name, text) % 4 == 0
+
+
+class Scribe:
+  """Decodes by hand, follows what lies in every page, and checks what each row is told."""
+
+  def __init__(self, shape: growth_lib.Settings, names: list[int], lengths: list[int], seed: int):
+    self.shape, self.names, self.lengths = shape, names, lengths
+    nodes = tree_lib.capacity(shape.width, shape.depth, shape.spare)
+    key = jax.random.fold_in(jax.random.key(seed), planning.TOKENS)
+    ids = jnp.broadcast_to(jnp.asarray(names, jnp.uint32)[:, None], (len(names), nodes))
+    rows = jnp.broadcast_to(jnp.arange(nodes)[None], ids.shape)
+    keys = sampling.row_keys(key, ids, rows)
+    numbers = sampling.uniform(keys, jnp.zeros_like(rows), shape.decoder.segment)
+    self.numbers = np.moveaxis(np.asarray(numbers), 0, -1)
+    self.holds: dict[int, tuple] = {}  # what was written to each page last
+    self.seen = collections.Counter()
+
+  def prefill(self, growth: growth_lib.Growth) -> None:
     for b in np.flatnonzero(growth.fresh):
-      for i, p in enumerate(growth.paths.prompt[b][::-1].tolist()):
-        if p != pages_lib.NO_PAGE:
-          written[p] = (names[b], "prompt", i)
-    rows, slots, tree = growth.rows, growth.slots, growth.tree
+      pages = growth.paths.prompt[b]
+      pages = pages[pages != pages_lib.NO_PAGE].tolist()
+      assert len(pages) == -(-(self.lengths[b] - 1) // self.shape.page)
+      for i, page in enumerate(pages):
+        self.holds[page] = ("prompt", self.names[b], i)
+
+  def told(
+    self, growth: growth_lib.Growth, g: int, m: int
+  ) -> tuple[int, int, tuple[int, ...], int]:
+    """Returns (tree, node, answer before its segment, tokens in pages), all checked."""
+    shape, rows, tree, paths = self.shape, growth.rows, growth.tree, growth.paths
+    s, page = shape.decoder.segment, shape.page
+    b, node = int(growth.slots.tree[g, m]), int(growth.slots.node[g, m])
+    name, n = self.names[b], self.lengths[b]
+    path = oracle.path(tree.parent[b].tolist(), node)
+    assert (tree.length[b, path[:-1]] == s).all() and tree.status[b, node] == tree_lib.OPEN
+    answer = tuple(tree.tokens[b, path[:-1]].ravel().tolist())
+    own, known = tree.tokens[b, node].tolist(), int(paths.given[b, node])
+    base = int(rows.base[g, m])
+    assert base % page == 0 and base <= known < s and not any(own[known:])
+    text = answer + tuple(own[:base])
+    of_prompt = -(-(n - 1) // page)
+    expected = [("prompt", name, i) for i in range(of_prompt)]
+    expected += [("answer", name, text[:i]) for i in range(page, len(text) + 1, page)]
+    seen = [(int(p), int(start)) for p, start, sees in _context(rows, g, m) if sees]
+    assert sorted(repr(self.holds[p]) for p, _ in seen) == sorted(map(repr, expected))
+    for p, start in seen:  # of the first page the prompt fills only the end
+      assert start == (of_prompt * page - (n - 1) if self.holds[p] == ("prompt", name, 0) else 0)
+    last = text[-1] if text else drive.token(name, 0, n - 1)
+    assert rows.live[g, m] and rows.prompt_id[g, m] == name and rows.node[g, m] == node
+    assert rows.last[g, m] == last and rows.position[g, m] == n - 1 + len(text)
+    assert rows.state[g, m] == _state(name, text)
+    assert rows.room[g, m] == s - base and rows.given[g, m] == known - base
+    until = min(known - base, shape.decoder.stride)
+    assert rows.tokens[g, m, :until].tolist() == own[base : base + until]
+    wanted = min(shape.decoder.stride, s - base) // page
+    pages, first = rows.pages[g, m].tolist(), base // page
+    assert all(p != pages_lib.NO_PAGE for p in pages[:wanted])
+    assert set(pages[wanted:]) <= {pages_lib.NO_PAGE}
+    assert paths.pages[b, node, first : first + wanted].tolist() == pages[:wanted]
+    lent = growth.pool.count[paths.pages[b, node, :first]]
+    beyond = known - base >= shape.decoder.stride
+    self.seen.update(begun=base > 0, lent=(lent > 1).any(), given=known > base, beyond=beyond)
+    return b, node, answer, base
+
+  def decode(self, growth: growth_lib.Growth) -> segment_lib.Segment:
+    """Returns what the rows draw."""
+    slots, shape, stride = growth.slots, self.shape, self.shape.decoder.stride
+    out = jax.tree.map(np.array, segment_lib.nothing(slots.live.shape, stride))
+    wrote = {}
+    for g, m in zip(*np.nonzero(slots.live), strict=True):
+      b, node, answer, base = self.told(growth, int(g), int(m))
+      name, own = self.names[b], growth.tree.tokens[b, node].tolist()
+      text, known = (*answer, *own[:base]), int(growth.paths.given[b, node])
+      for i in range(min(stride, shape.decoder.segment - base)):
+        token, low, high, ends = _drawn(name, text, self.numbers[b, node, base + i])
+        if base + i < known:
+          token, low, high, ends = own[base + i], 0, 0, False
+        out.log_probs[g, m, i] = out.sampled_log_probs[g, m, i] = _log_prob(name, (*text, token))
+        text = (*text, token)
+        out.tokens[g, m, i], out.low[g, m, i], out.high[g, m, i] = token, low, high
+        out.states[g, m, i], out.length[g, m] = _state(name, text), i + 1
+        if ends:
+          out.stop[g, m] = segment_lib.AT_EOS
+          break
+      for i, page in enumerate(growth.rows.pages[g, m].tolist()):
+        end = len(answer) + base + (i + 1) * shape.page
+        if page != pages_lib.NO_PAGE:
+          assert page not in wrote
+          wrote[page] = ("answer", name, text[:end] if len(text) >= end else None)
+    self.holds |= wrote
+    return out
+
+  def groups(self, growth: growth_lib.Growth, need: np.ndarray) -> None:
+    """Checks that groups hold one tree, and what the host is told of them."""
+    slots, parent, twin = growth.slots, growth.tree.parent, growth.paths.twin
     fullest = 0
-    for g in range(shape.groups):
-      live = np.flatnonzero(slots.live[g])
-      assert live.tolist() == [*range(len(live))] and len(set(slots.tree[g, live].tolist())) <= 1
-      above = set()
-      for m in range(shape.group):
+    for g in range(self.shape.groups):
+      live, nodes = np.flatnonzero(slots.live[g]), set()
+      assert len(set(slots.tree[g, live].tolist())) <= 1
+      for m in range(self.shape.group):
+        b, row = int(slots.tree[g, m]), int(slots.node[g, m])
         if m not in live:
-          assert not rows.live[g, m] and not rows.sees[g, m].any()
-          assert (rows.pages[g, m] == pages_lib.NO_PAGE).all()
+          assert not growth.rows.live[g, m] and not growth.rows.sees[g, m].any()
+          assert (growth.rows.pages[g, m] == pages_lib.NO_PAGE).all()
           continue
-        b, node = int(slots.tree[g, m]), int(slots.node[g, m])
-        name, n = names[b], lengths[b]
-        path = oracle.path(tree.parent[b].tolist(), node)
-        above |= set(path[:-1])
-        seen = {int(p): int(s) for p, s, w in _context(rows, g, m) if w}
-        of_prompt = -(-(n - 1) // page)
-        expected = {(name, "prompt", i) for i in range(of_prompt)}
-        expected |= {(name, row, j) for row in path[:-1] for j in range(per_node)}
-        assert sorted(map(str, (written[p] for p in seen))) == sorted(map(str, expected))
-        for p, start in seen.items():  # of the first page the prompt fills only the end
-          first = written[p] == (name, "prompt", of_prompt - 1)
-          assert start == (of_prompt * page - (n - 1) if first else 0)
-        above_row = path[-2] if len(path) > 1 else 0
-        last = drive.token(name, 0, n - 1)
-        if above_row:
-          last = int(tree.tokens[b, above_row, segment - 1])
-          assert tree.length[b, above_row] == segment
-        assert rows.live[g, m] and rows.prompt_id[g, m] == name and rows.node[g, m] == node
-        assert rows.last[g, m] == last and rows.state[g, m] == drive.state(name, above_row)
-        assert rows.position[g, m] == n - 1 + segment * (len(path) - 1)
-        assert growth.paths.pages[b, node].tolist() == rows.pages[g, m].tolist()
-        checked += 1
-      fullest = max(fullest, len(above))
-    own = rows.pages[slots.live].ravel().tolist()
-    assert len(set(own)) == len(own) and pages_lib.NO_PAGE not in own
-    live_groups = int(slots.live.any(1).sum())
-    assert need.tolist() == [live_groups, fullest, growth.fresh.sum(), (~growth.done).sum()]
-    for at in zip(*np.nonzero(slots.live), strict=True):
-      name = names[slots.tree[at]]
-      for j, p in enumerate(rows.pages[at].tolist()):
-        written[p] = (name, int(slots.node[at]), j)
-  assert checked >= 6 * shape.width
+        nodes |= {row} if growth.rows.base[g, m] else set()
+        while (row := int(parent[b, row])) > 0:  # a twin's pages are the other's
+          row = row if twin[b, row] == tree_lib.NO_ROW else int(twin[b, row])
+          nodes.add(row)
+      fullest = max(fullest, len(nodes))
+    used = np.flatnonzero(slots.live.any(1))
+    expected = [used[-1] + 1 if used.size else 0, fullest, growth.fresh.sum(), (~growth.done).sum()]
+    assert need.tolist() == expected
+
+  def pages(self, growth: growth_lib.Growth) -> None:
+    """Checks who holds which page, and that the oldest prompt is served."""
+    held = collections.Counter(drive.held(growth))
+    assert growth.pool.count.tolist() == [held[page] for page in range(self.shape.pages)]
+    free = growth.pool.free[: growth.pool.size].tolist()
+    assert sorted([*free, *held]) == [*range(self.shape.pages)]
+    running = growth.admitted & ~growth.done
+    if running.any():
+      oldest = int(np.argmax(running))
+      mine = np.concatenate([growth.paths.prompt[oldest], growth.paths.pages[oldest].ravel()])
+      mine = len(set(mine[mine != pages_lib.NO_PAGE].tolist()))
+      # It can become the largest, whatever others hold.
+      assert growth.pool.size + mine >= self.shape.pages_of_tree
+      assert (growth.slots.live & (growth.slots.tree == oldest)).any()
+
+  def wait(self, growth: growth_lib.Growth) -> None:
+    """Checks that no node waits for ever, and that those that do take no other's rows."""
+    opened, waits = growth.tree.status == tree_lib.OPEN, growth.paths.waits
+    leads = opened & ~waits
+    served = np.zeros_like(opened)
+    served[growth.slots.tree[growth.slots.live], growth.slots.node[growth.slots.live]] = True
+    first = -(-leads.sum(1) // self.shape.group)
+    if growth.pool.size > self.shape.pages // 4 and first.sum() <= self.shape.groups:
+      assert (served >= leads).all()
+    self.seen.update(waits=(opened & waits).any(), fills=(served & waits).any())
 
 
 def _context(rows, g: int, m: int):
@@ -163,3 +303,64 @@ def _context(rows, g: int, m: int):
   pages, start, sees = rows.context[g], rows.start[g], rows.sees[g, m]
   there = pages != pages_lib.NO_PAGE
   return zip(pages[there], start[there], sees[there], strict=True)
+
+
+LENGTHS, COMPANY = [1, 2, 3, 4, 5, 6], [3, 2, 9, 14, 19, 1]
+
+
+def _grown(shape: growth_lib.Settings, seed: int = 0) -> tuple[growth_lib.Growth, Scribe, int]:
+  """Returns the trees that are drawn by hand, their scribe, and the calls that it took."""
+  scribe, calls = Scribe(shape, COMPANY, LENGTHS, seed), 0
+  create, take, plan = drive.programs(shape)
+  tokens = np.zeros((len(COMPANY), shape.prompt_length), np.int32)
+  for b, n in enumerate(LENGTHS):
+    tokens[b, :n] = [drive.token(COMPANY[b], 0, i) for i in range(n)]
+  identity, real = np.array(COMPANY, np.uint32), np.ones(len(COMPANY), bool)
+  growth = create(tokens, np.array(LENGTHS, np.int32), identity, real)
+  segment = segment_lib.nothing((shape.groups, shape.group), shape.decoder.stride)
+  reward, key = np.zeros((len(COMPANY), shape.width), np.float32), jax.random.key(seed)
+  while True:
+    growth = take(growth, segment, key)
+    growth, need = jax.device_get(plan(growth, key, np.float32(1), reward))
+    scribe.pages(growth)
+    scribe.wait(growth)
+    scribe.groups(growth, need)
+    if not need[3]:
+      return growth, scribe, calls
+    scribe.prefill(growth)
+    segment = scribe.decode(growth)
+    calls += 1
+    assert calls < 400
+
+
+SAME = {"prompts": 6, "segment": 6, "depth": 3, "repetition_count": 0}
+TREES_OF = [
+  {"page": 2},
+  {"page": 1, "group": 8, "width": 6, "depth": 4},
+  {"page": 3, "fallback": "log_prob", "fallback_from": "longest"},
+  {"page": 2, "fallback": "block", "fallback_block": 4, "response_length": 15, "initial": 5},
+]
+ENGINES = [
+  {"stride": 0},
+  {"stride": 1, "merge": True, "pages": 1},
+  {"stride": 2, "merge": True, "pages": 2, "groups": 4, "group": 2},
+  {"stride": 1, "merge": True, "groups": 8, "group": 3, "least": 2},
+  {"stride": 1, "pages": 1, "groups": 2, "group": 2},
+]
+
+
+@pytest.mark.parametrize("tree", TREES_OF, ids=str)
+def test_rows_see_their_path_alone_and_trees_are_the_same_however_they_are_decoded(tree):
+  expected, seen = None, collections.Counter()
+  for engine in ENGINES:
+    stride = engine["stride"] * tree["page"]
+    shape = drive.settings(**(SAME | tree | engine | {"stride": stride}))
+    growth, scribe, _ = _grown(shape)
+    assert growth.done.all() and growth.pool.size == shape.pages
+    found, twins = growth.tree, growth.paths.twin != tree_lib.NO_ROW
+    expected = found if expected is None else expected
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert shape.merge == twins.any()
+    seen.update(scribe.seen)
+  assert all(seen[what] for what in ("begun", "lent", "given", "waits", "fills")), seen
+  assert bool(seen["beyond"]) == (tree.get("fallback") is not None)

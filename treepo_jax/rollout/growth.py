@@ -100,6 +100,7 @@ class Growth:
     before: trajectories of each prompt that had ended when its wave began.
     wave: waves of each prompt so far.
     spent: pages that each prompt held when it was done.
+    stayed, left: how often a node that waited for another went its way, or left it, over a call.
   """
 
   tree: tree_lib.Tree
@@ -114,6 +115,8 @@ class Growth:
   before: Int[Array, "b"]
   wave: Int[Array, "b"]
   spent: Int[Array, "b"]
+  stayed: Int[Array, ""]
+  left: Int[Array, ""]
   counters: Counters
 
 
@@ -156,6 +159,8 @@ def create(tokens, length, identity, real, *, shape: Settings, pool: pages_lib.P
     before=jnp.zeros(b, jnp.int32),
     wave=jnp.zeros(b, jnp.int32),
     spent=jnp.zeros(b, jnp.int32),
+    stayed=zero,
+    left=zero,
     counters=Counters(
       row_steps=zero, decoded=zero, read_shared=jnp.zeros(()), read_flat=jnp.zeros(())
     ),

@@ -31,10 +31,23 @@ def take(state: Growth, segment: segment_lib.Segment, key: jax.Array, *, shape: 
   """Takes in what was decoded, and what others draw alike; complete waves give their leaves."""
   state = growth.store(state, segment, shape=shape)
   if shape.merge:
-    waits = state.paths.waits
-    state = _share(state, (state.tree.status == OPEN) | waits, waits.any(1), key, shape)
+    waits, opened = state.paths.waits, state.tree.status == OPEN
+    idle = waits & opened & ~_decoded(state)
+    state = _share(state, opened | waits, waits.any(1), key, shape)
+    stays = idle & (state.paths.waits | (state.paths.twin != tree_lib.NO_ROW))
+    state = dataclasses.replace(
+      state,
+      stayed=state.stayed + stays.sum(dtype=jnp.int32),
+      left=state.left + (idle & ~stays).sum(dtype=jnp.int32),
+    )
   leaves = jax.vmap(growth.append)(state.tree.leaves, state.tree.status, growth.ready(state))
   return dataclasses.replace(state, tree=dataclasses.replace(state.tree, leaves=leaves))
+
+
+def _decoded(state: Growth) -> Bool[Array, "b n"]:
+  """Returns which nodes the last call decoded."""
+  none = jnp.zeros(state.tree.parent.shape, bool)
+  return none.at[growth.targets(state.slots, state.tree)].set(True, mode="drop")
 
 
 def advance(
@@ -61,6 +74,7 @@ def advance(
     state.paths,
     state.pool,
     state.admitted & ~state.done,
+    state.left > state.stayed,
     groups=shape.groups,
     members=shape.group,
     least=shape.least,

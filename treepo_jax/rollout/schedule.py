@@ -6,7 +6,8 @@ does not fit waits, and a prompt is not branched before its whole wave is decode
 depend on how many rows there are.
 
 A node that knows no more than another open one before it waits for that one (sharing.py): it may go
-the same way at no cost. Rows that would stand empty take such nodes too.
+the same way at no cost. Where most of those that wait have left in the end, rows that would stand
+empty take such nodes too.
 
 Pages: the oldest prompt that is not done can always become its largest tree; what it may need is
 kept for it, and the others take what is left. So none waits for ever, however small the pool.
@@ -103,6 +104,7 @@ def fill(
   paths: Paths,
   pool: pages_lib.Pool,
   running: Bool[Array, "b"],
+  eager: Bool[Array, ""],
   *,
   groups: int,
   members: int,
@@ -112,13 +114,13 @@ def fill(
 ) -> tuple[Slots, Int[Array, ""], Int[Array, "g m"]]:
   """Returns the rows of the next call, its groups in use, and how many pages each row takes.
 
-  running: prompts that are under way. least: groups of the smallest call. stride: pages of a call.
+  running: prompts that are under way. eager: nodes that wait take empty rows. least: groups of the smallest call. stride: pages of a call.
   largest: pages of the largest tree.
   """
   b, n = tree.parent.shape
   rows, none = (groups, members), groups * members  # slot `none` is dropped
-  opened = tree.status == OPEN
-  leads = opened & ~paths.waits
+  leads = (tree.status == OPEN) & ~paths.waits
+  opened = leads | ((tree.status == OPEN) & eager)
   count = leads.sum(1)
   rank = jnp.where(
     leads, jnp.cumsum(leads, 1) - 1, count[:, None] + jnp.cumsum(opened & ~leads, 1) - 1

@@ -31,7 +31,7 @@ class Match:
     common: tokens that both are known to have, from the segment's first on.
     known: tokens that are then known of the node.
     whole: it is the other, from its first token to its last.
-    waits: an open node knows as much, and is to be decoded first.
+    waits: another node asked knows as much, and is to be decoded first.
   """
 
   other: Int[Array, "*b w"]
@@ -80,16 +80,21 @@ def walk(
   score = jnp.where(whole, s + 1, count)
   best = jnp.argmax(score, 1)
   pick = lambda a: jnp.take_along_axis(a, best[:, None], 1)[:, 0]
-  most = pick(count)
-  # Of nodes that know the same the first is decoded.
-  level = open_[y][None] & (theirs == mine) & (count == mine) & before
-  ahead = (most > knows[x]) & open_[y[best]] & (most == knows[y[best]])
+  most, whole = pick(count), pick(whole)
+  known = jnp.maximum(most, knows[x])
+  # Of open nodes that now know the same the first is decoded.
+  text = jnp.where(step[None] < most[:, None], tree.tokens[y[best]], tree.tokens[x])
+  inside = step[None, None] < known[:, None, None]
+  level = ((text[:, None] == text[None]) | ~inside).all(-1)
+  level &= (known[:, None] == known[None]) & (above[x][:, None] == above[x][None])
+  going = open_[x] & ~whole & (rows < n)
+  level &= going[:, None] & going[None] & (x[None] < x[:, None])
   return Match(
     other=jnp.where(most >= 0, y[best], x).astype(jnp.int32),
     common=jnp.maximum(most, 0),
-    known=jnp.maximum(most, knows[x]),
-    whole=pick(whole),
-    waits=open_[x] & ~pick(whole) & jnp.where(most > knows[x], ahead, level.any(1)),
+    known=known,
+    whole=whole,
+    waits=level.any(1),
   )
 
 
