@@ -1,4 +1,4 @@
-"""What is decoded reaches its node, its twins and those that leave it, token by token."""
+"""What is decoded reaches its node, call by call and token by token, and nothing else."""
 
 import dataclasses
 import functools
@@ -11,19 +11,21 @@ import pytest
 from treepo_jax import config as config_lib
 from treepo_jax.decoding import pages as pages_lib
 from treepo_jax.decoding import segment as segment_lib
-from treepo_jax.rollout import grow, schedule
+from treepo_jax.rollout import grow, planning
 from treepo_jax.rollout import growth as growth_lib
 from treepo_jax.rollout import tree as tree_lib
 
-SEGMENT, WIDTH = 4, 5
-VALUES = ("log_probs", "sampled_log_probs", "low", "high")
+SEGMENT, PAGE, WIDTH, ROWS = 8, 2, 5, 3  # fewer rows than nodes: they take turns
+LOGS, SHARES = ("log_probs", "sampled_log_probs"), ("low", "high", "states", "entropy")
+NAMES = ("tokens", *LOGS, *SHARES)
 
 
 @functools.cache
-def shape(response_length: int = 0) -> grow.Settings:
+def shape(stride: int, response_length: int, prune: str) -> grow.Settings:
   config = config_lib.default()
-  config.rollout.update(width=WIDTH, depth=2, segment=SEGMENT, page=4, rows=8, group=8)
+  config.rollout.update(width=WIDTH, depth=2, segment=SEGMENT, page=PAGE, rows=ROWS, group=ROWS)
   config.rollout.update(repetition_count=0, prompt_length=4, response_length=response_length)
+  config.rollout.update(stride=stride, prune=prune)
   settings = grow.settings(config_lib.validate(config), vocabulary=99, eos_ids=(), closed=2)
   return dataclasses.replace(settings, pages=settings.pages_of_tree)
 
@@ -31,11 +33,6 @@ def shape(response_length: int = 0) -> grow.Settings:
 @functools.cache
 def programs(settings: grow.Settings):
   """Returns (start, fill, store) of one prompt that has WIDTH open nodes below it."""
-
-  def fill(growth):
-    tree, paths = growth.tree, growth.paths
-    slots, _ = schedule.fill(tree, paths, settings.groups, settings.group, settings.followers)
-    return dataclasses.replace(growth, slots=slots)
 
   def start():
     pool = pages_lib.create(1, settings.pages, 1, settings.page, 1, jnp.float32)
@@ -46,91 +43,107 @@ def programs(settings: grow.Settings):
     )
     below, none = jnp.zeros((1, WIDTH), jnp.int32), jnp.full((1, WIDTH), tree_lib.NO_ROW)
     tree = jax.vmap(tree_lib.attach)(growth.tree, below, none)
-    return fill(dataclasses.replace(growth, tree=tree, admitted=one > 0))
+    return dataclasses.replace(growth, tree=tree, admitted=one > 0)
+
+  def fill(growth):
+    reward = jnp.zeros((1, WIDTH))
+    return planning.advance(growth, jax.random.key(0), jnp.ones(()), reward, shape=settings)[0]
 
   return jax.jit(start), jax.jit(fill), jax.jit(functools.partial(growth_lib.store, shape=settings))
 
 
-def decoded(growth, agreed: list[int], length: int = SEGMENT, seed: int = 0):
-  """Returns a segment of the one live row, whose followers go along for `agreed` tokens."""
-  rng, slots = np.random.default_rng(seed), growth.slots
-  empty = segment_lib.nothing(slots.live.shape, SEGMENT, slots.followers.shape[-1])
-  out = jax.tree.map(np.array, empty)
-  assert slots.live.sum() == 1 and slots.live[0, 0]
-  out.length[0, 0] = length
-  out.tokens[0, 0, :length] = rng.integers(1, 99, length)
-  for name in VALUES:
-    out[name][0, 0, :length] = rng.random(length) + 0.1
-  given = int(growth.paths.given[0, slots.node[0, 0]])
-  out.tokens[0, 0, :given] = growth.tree.tokens[0, slots.node[0, 0], :given]
-  out.low[0, 0, :given] = out.high[0, 0, :given] = 0  # as the decoder does
-  out.entropy[0, 0] = 2.5 * length
-  out.agreed[0, 0, : len(agreed)] = agreed
-  return out
-
-
 def held(growth, row: int) -> dict[str, list[float]]:
   """Returns what is held of each token of a node."""
-  tree = {name: growth.tree[name][0, row] for name in ("tokens", "log_probs", "sampled_log_probs")}
-  return {
-    k: v.tolist() for k, v in (tree | {n: growth.paths[n][0, row] for n in VALUES[2:]}).items()
-  }
+  tree, paths = growth.tree, growth.paths
+  return {name: (tree if name in tree else paths)[name][0, row].tolist() for name in NAMES}
 
 
-def said(segment, until: int) -> dict[str, list[float]]:
-  """Returns the same of the first tokens that were decoded, 0 beyond."""
-  names = ("tokens", *VALUES)
-  return {n: np.where(np.arange(SEGMENT) < until, segment[n][0, 0], 0).tolist() for n in names}
+def blank() -> dict[str, list[float]]:
+  return {name: [0] * SEGMENT for name in NAMES}
 
 
-def test_followers_take_what_they_have_in_common_and_keep_it():
-  start, fill, store = programs(shape())
-  growth = jax.device_get(start())
-  assert growth.slots.followers[0, 0].tolist() == [2, 3, 4, 5]
-  first = decoded(growth, [4, 2, 2, 0])
-  growth = jax.tree.map(np.array, jax.device_get(fill(store(growth, first))))
-  for row, until in ((1, 4), (2, 4), (3, 2), (4, 2), (5, 0)):
-    assert held(growth, row) == said(first, until)
-  assert growth.tree.status[0, :6].tolist() == [tree_lib.INNER, *[tree_lib.ACTIVE] * 2, 1, 1, 1]
-  assert growth.paths.twin[0, 2] == 1
-  assert growth.paths.entropy[0, :6].tolist() == [0, 2.5, 2.5, 0, 0, 0]
-
-  # Nodes 3 and 4 are a bundle now, 5 is another, left out here.
-  assert growth.slots.node[0, :2].tolist() == [3, 5] and growth.slots.live.sum() == 2
-  growth.slots.live[0, 1] = False
-  assert growth.slots.followers[0, 0].tolist() == [4, *[tree_lib.NO_ROW] * 3]
-  second = decoded(growth, [3], seed=1)
-  growth = jax.device_get(store(growth, second))
-  old, new = said(first, 2), said(second, SEGMENT)
-  mixed = {name: old[name][:2] + new[name][2:] for name in old}
-  assert held(growth, 3) == mixed
-  assert held(growth, 4) == {name: [*values[:3], 0] for name, values in mixed.items()}
-  assert growth.paths.given[0, 4] == 3 and growth.tree.status[0, 4] == tree_lib.OPEN
-  assert (held(growth, 1), held(growth, 5)) == (said(first, 4), said(first, 0))  # untouched
+def value(random: np.random.Generator, name: str) -> float:
+  whole = name in ("tokens", "states")
+  return int(random.integers(3, 99)) if whole else float(np.float32(random.random() + 0.1))
 
 
-@pytest.mark.parametrize("agreed", [1, 3])
-def test_what_lies_beyond_the_longest_answer_is_not_kept(agreed):
-  start, fill, store = programs(shape(response_length=2))
-  growth = jax.device_get(start())
-  segment = decoded(growth, [SEGMENT, agreed, SEGMENT, SEGMENT])
-  growth = jax.device_get(fill(store(growth, segment)))
-  assert held(growth, 1) == held(growth, 2) == said(segment, 2)
-  assert growth.tree.status[0, 1:4].tolist() == [tree_lib.LENGTH, tree_lib.LENGTH, tree_lib.OPEN]
-  assert held(growth, 3) == said(segment, agreed)  # it is decoded from there
-  again = decoded(growth, [], seed=1)
-  growth = jax.device_get(store(growth, again))
-  mixed = {k: [*v[:agreed], *said(again, 2)[k][agreed:]] for k, v in said(segment, 2).items()}
-  assert held(growth, 3) == mixed  # nor what was known of it
+def given_to(
+  growth, known: dict[int, int], random, entropy: bool
+) -> tuple[growth_lib.Growth, dict[int, dict]]:
+  """Gives nodes their first tokens, as a cut inside a segment does."""
+  growth = jax.tree.map(np.array, jax.device_get(growth))
+  nodes = {row: blank() for row in range(1, 1 + WIDTH)}
+  for row, n in known.items():
+    growth.paths.given[0, row] = n
+    for name in NAMES:
+      told = entropy or name != "entropy"
+      nodes[row][name][:n] = [value(random, name) * told for _ in range(n)]
+      (growth.tree if name in growth.tree else growth.paths)[name][0, row] = nodes[row][name]
+  return growth, nodes
 
 
-def test_merged_trees_hold_the_log_probs_of_both_laws():
-  start, _, store = programs(shape())
-  growth = jax.device_get(start())
-  segment = decoded(growth, [SEGMENT] * 4)
-  growth = store(growth, segment)
-  tree = jax.device_get(jax.vmap(tree_lib.merge)(growth.tree, growth.paths.twin))
-  assert tree.size[0] == 2
-  for name in ("log_probs", "sampled_log_probs"):
-    assert tree[name][0, 1].tolist() == segment[name][0, 0].tolist()
-    assert not tree[name][0, 2:].any()
+@pytest.mark.parametrize(
+  ("stride", "longest", "prune"),
+  [(2, 0, "entropy"), (2, 5, "none"), (6, 5, "entropy"), (6, 0, "none"), (8, 0, "entropy")],
+)
+def test_nodes_take_what_is_decoded_stride_by_stride(stride, longest, prune):
+  settings = shape(stride, longest, prune)
+  start, fill, store = programs(settings)
+  allowed, statuses = longest or SEGMENT, set()
+  most = min(allowed, SEGMENT)
+  for seed in range(4):
+    random = np.random.default_rng(seed)
+    known = {row: int(random.integers(0, most)) for row in (1, 3, 4)}
+    if seed == 3:  # more than the longest answer holds
+      known[2] = SEGMENT - 1
+    growth, nodes = given_to(start(), known, random, settings.decoder.entropy)
+    knows, over, decoded = dict.fromkeys(nodes, 0) | known, {}, 0
+    while len(over) < WIDTH:
+      growth = jax.tree.map(np.array, jax.device_get(fill(growth)))
+      slots, rows = growth.slots, growth.rows
+      out = jax.tree.map(np.array, segment_lib.nothing(slots.live.shape, stride))
+      opened = [row for row in nodes if row not in over]
+      assert slots.node[slots.live].tolist() == opened[:ROWS]
+      for at in zip(*np.nonzero(slots.live), strict=True):
+        row, base = int(slots.node[at]), int(rows.base[at])
+        node, room = nodes[row], min(stride, SEGMENT - base)
+        first = max(knows[row] - base, 0)  # tokens of the call that are known
+        ends = first < room and random.random() < 0.3
+        n = int(random.integers(first, room)) + 1 if ends else room
+        for i in range(n):
+          for name in NAMES:
+            out[name][at][i] = value(random, name)
+          out.entropy[at][i] *= settings.decoder.entropy
+          if i < first:  # as the decoder does
+            out.tokens[at][i], out.low[at][i], out.high[at][i] = node["tokens"][base + i], 0, 0
+        out.length[at], out.stop[at] = n, segment_lib.AT_EOS if ends else segment_lib.CONTINUES
+        until = min(base + n, allowed)
+        for name in NAMES:
+          kept = node[name][: min(knows[row], allowed)]
+          said = [*kept[:base], *out[name][at][:n].tolist()]
+          node[name] = [*kept, *said[len(kept) : until]]
+          node[name] += [0] * (SEGMENT - len(node[name]))
+        knows[row] = max(knows[row], until)
+        if ends or until >= most:
+          ended = tree_lib.EOS if ends and base + n <= allowed else tree_lib.ACTIVE
+          over[row] = tree_lib.LENGTH if ended == tree_lib.ACTIVE and longest else ended
+          knows[row] = until
+      growth, decoded = jax.device_get(store(growth, out)), decoded + out.length.sum()
+      assert growth.counters.decoded == decoded
+      for row, node in nodes.items():
+        assert held(growth, row) == node, (seed, row)
+        assert growth.tree.status[0, row] == over.get(row, tree_lib.OPEN)
+        assert growth.tree.length[0, row] == (knows[row] if row in over else 0)
+        pages = growth.paths.pages[0, row]
+        if row not in over:
+          assert growth.paths.given[0, row] == knows[row]
+          assert (pages != pages_lib.NO_PAGE).sum() * PAGE <= -(-knows[row] // stride) * stride
+        else:
+          kept = over[row] == tree_lib.ACTIVE
+          assert ((pages != pages_lib.NO_PAGE) == kept).all()
+      statuses |= set(over.values())
+      mine = growth.paths.pages[growth.paths.pages != pages_lib.NO_PAGE]
+      np.testing.assert_array_equal(growth.pool.count[mine], 1)
+      assert growth.pool.count.sum() == mine.size == settings.pages - growth.pool.size
+    assert growth_lib.ready(jax.tree.map(jnp.asarray, growth)).tolist() == [True]
+  assert statuses == {tree_lib.EOS, tree_lib.LENGTH if longest else tree_lib.ACTIVE}

@@ -103,6 +103,7 @@ def test_merging_takes_twins_out_and_keeps_every_trajectory():
   tree = jax.tree.map(lambda x: np.array(x[0]), tree)
   tree.parent[:7] = [-1, 0, 0, 0, 2, 2, 3]
   tree.tokens[:7, 0] = [0, 11, 12, 12, 14, 15, 15]
+  tree.log_probs[:], tree.sampled_log_probs[:] = -tree.tokens, -2.0 * tree.tokens
   tree.length[1:7], tree.depth[:7] = 1, [0, 1, 1, 1, 2, 2, 2]
   inner, ended = tree_lib.INNER, tree_lib.EOS
   tree.status[:7] = [inner, ended, inner, inner, ended, ended, ended]
@@ -115,6 +116,8 @@ def test_merging_takes_twins_out_and_keeps_every_trajectory():
   assert found.size == 5
   assert found.parent.tolist() == [-1, 0, 0, 2, 2, -1, -1, -1, -1]
   assert found.tokens[:, 0].tolist() == [0, 11, 12, 14, 15, 0, 0, 0, 0]
+  np.testing.assert_array_equal(found.log_probs, -found.tokens)
+  np.testing.assert_array_equal(found.sampled_log_probs, -2.0 * found.tokens)
   assert found.source.tolist() == [-1, -1, -1, 4, -1, -1, -1, -1, -1]
   assert found.leaves.tolist() == [1, 4, 4, 3]
   assert found.status.tolist() == [inner, ended, inner, ended, ended, 0, 0, 0, 0]

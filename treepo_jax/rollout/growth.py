@@ -18,6 +18,9 @@ from treepo_jax.rollout import branching, fallback, pruning, schedule
 from treepo_jax.rollout import tree as tree_lib
 
 
+LONG = 16  # tokens of a call that siblings are taken not to have in common before any was seen
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
   """What of a rollout is fixed at compilation; keys of config.rollout."""
@@ -160,7 +163,7 @@ def create(tokens, length, identity, real, *, shape: Settings, pool: pages_lib.P
     wave=jnp.zeros(b, jnp.int32),
     spent=jnp.zeros(b, jnp.int32),
     stayed=zero,
-    left=zero,
+    left=jnp.asarray(shape.decoder.stride > LONG, jnp.int32),
     counters=Counters(
       row_steps=zero, decoded=zero, read_shared=jnp.zeros(()), read_flat=jnp.zeros(())
     ),

@@ -266,12 +266,12 @@ def _share(
 def _admit(state: Growth, key: jax.Array, shape: Settings) -> Growth:
   """Admits prompts, with their first branches, while the pool can be expected to hold their trees.
 
-  A tree is expected to come to what those that are done came to; before any is, to half of the
-  largest.
+  A tree is expected to come to what those that are done came to; before any is, to a quarter of
+  the largest, for what branches early shares its pages, and what ends gives its own back.
   """
   tree, pool, largest = state.tree, state.pool, shape.pages_of_tree
   running = state.admitted & ~state.done
-  expected = (largest // 2 + state.spent.sum()) // (1 + state.done.sum())
+  expected = (largest // 4 + state.spent.sum()) // (1 + state.done.sum())
   held = (state.paths.pages != pages_lib.NO_PAGE).sum((1, 2))
   taken = jnp.where(running, jnp.maximum(held, expected), 0).sum()
   waiting = state.real & ~state.admitted

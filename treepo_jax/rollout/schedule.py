@@ -114,7 +114,8 @@ def fill(
 ) -> tuple[Slots, Int[Array, ""], Int[Array, "g m"]]:
   """Returns the rows of the next call, its groups in use, and how many pages each row takes.
 
-  running: prompts that are under way. eager: nodes that wait take empty rows. least: groups of the smallest call. stride: pages of a call.
+  running: prompts that are under way. eager: nodes that wait take empty rows. least: groups of the
+  smallest call. stride: pages of a call.
   largest: pages of the largest tree.
   """
   b, n = tree.parent.shape
