@@ -9,14 +9,16 @@ evaluation and GRPO run, grow.sequential without merging: independent answers in
 
 The policy is a random Qwen2 of 0.7M parameters in float32, each core a device. Its logits are
 scaled by SHARPNESS, to an entropy of about 0.34 nats a token (the paper's runs have 0.1 to 0.3), so
-siblings go together for some tokens, as a trained policy's do; of 16 answers that are nowhere forced
-to share, 2 % of the tokens are common. EOS is a set of its tokens that one in MEAN of those it draws
-belongs to, so answers end at lengths that are spread out; CASTILLO's (arXiv 2505.16881: 13 models,
-7 corpora, the 671,270 answers of prompts that all ended) are printed beside them.
+siblings go together for some tokens, as a trained policy's do; of 16 answers that are nowhere
+forced to share, 2 % of the tokens are common. An answer ends, as at a box, when the stop automaton
+has seen MARKS tokens of a set that one in MEAN / MARKS of those it draws belongs to: the answers to
+one prompt are about MEAN tokens long with a coefficient of variation of 0.2 or more, the prompts
+differ too, some are cut at TOTAL. CASTILLO's (arXiv 2505.16881: 13 models, 7 corpora, 671,270
+answers of prompts that all ended) vary by 0.15 for one prompt in the median, by 0.76 in all.
 
-The page pool holds the largest trees of a quarter of the prompts, for both sides, and ROWS rows a
-device decode: prompts are admitted as pages come free, which row_occupancy (tokens decoded over rows x
-steps run) needs to mean anything.
+The page pool holds the largest trees of a quarter of the prompts, for both sides, and a device
+decodes ROWS rows: prompts are admitted as others end, which row_occupancy (tokens decoded over rows
+x steps run) needs to mean anything.
 
 Seconds are of whole grow.grow calls, the prompts' prefill and the trees' way to the host included;
 the sides of a depth and width take turns, each run of a side has a key of its own, and the median
@@ -51,7 +53,11 @@ from treepo_jax.rollout import grow
 from treepo_jax.rollout import tree as tree_lib
 from treepo_jax.tasks.data import Prompt
 
-TOTAL, MEAN = 448, 60  # tokens of an answer at most; and in the mean, were it not cut there
+TOTAL, MEAN, MARKS = (
+  448,
+  260,
+  24,
+)  # tokens of an answer at most; and in the mean, were it not cut there
 SHARPNESS = 16.0
 DEPTHS, WIDTHS, BRANCHINGS = (7, 14, 28, 56), (8, 16, 32, 64), (2, 4, 8)
 BLOCKS = tuple((depth, width, BRANCHINGS) for width in WIDTHS for depth in DEPTHS)
@@ -100,8 +106,8 @@ class Sides:
     count = devices * max(2 * ADMITTED, ANSWERS // width // devices)
     configs = {b: _config(count, depth, width, b) for b in branchings}
     self.mesh = mesh_lib.create(configs[branchings[0]])
-    self.graph, self.params, eos_ids = policy()
-    shape = lambda c: grow.settings(c, vocabulary=VOCABULARY, eos_ids=eos_ids, closed=-1)
+    self.graph, self.params, self.table = policy()
+    shape = lambda c: grow.settings(c, vocabulary=VOCABULARY, eos_ids=(), closed=MARKS)
     shapes = {b: shape(c) for b, c in configs.items()}
     plain = grow.sequential(shapes[branchings[0]], width, temperature=1.0)
     shapes[0] = dataclasses.replace(plain, merge=False)
@@ -111,7 +117,6 @@ class Sides:
     self.prompts = [
       Prompt(id=i, text="", tokens=list(map(int, t)), gold="") for i, t in enumerate(tokens)
     ]
-    self.table = np.zeros((1, VOCABULARY), np.int8)
 
   def run(self, branching: int, seed: int) -> Run:
     """Grows all trees of a branching; 0: sequential."""
@@ -136,8 +141,8 @@ class Sides:
 
 
 @functools.cache
-def policy() -> tuple[nnx.GraphDef, dict, tuple[int, ...]]:
-  """Returns (graph, params, EOS tokens): so many that one in MEAN of the tokens drawn is one."""
+def policy() -> tuple[nnx.GraphDef, dict, np.ndarray]:
+  """Returns (graph, params, table of the stop automaton that counts marks)."""
   graph, params = transformer.create(ARCHITECTURE, jax.random.key(0))
   params["head"]["kernel"] = params["head"]["kernel"] * SHARPNESS
   config = _config(16, 14, 16, 2)
@@ -161,8 +166,10 @@ def policy() -> tuple[nnx.GraphDef, dict, tuple[int, ...]]:
   ]
   share = np.bincount(drawn, minlength=VOCABULARY) / len(drawn)
   order = random.permutation(VOCABULARY)
-  chosen = order[np.cumsum(share[order]) <= 1 / MEAN]
-  return graph, params, tuple(sorted(chosen.tolist()))
+  marks = order[np.cumsum(share[order]) <= MARKS / MEAN]
+  table = np.repeat(np.arange(MARKS + 1, dtype=np.int8)[:, None], VOCABULARY, 1)
+  table[:-1, marks] += 1
+  return graph, params, table
 
 
 def _config(prompts: int, depth: int, width: int, branching: int):
@@ -278,9 +285,12 @@ def main() -> None:
   args = parser.parse_args()
   mesh_lib.split_host(config_lib.default())
   compilations = []
-  jax.monitoring.register_event_duration_secs_listener(
-    lambda event, _, **kwargs: compilations.append(event) if event == COMPILED else None
-  )
+
+  def note(event: str, duration: float, **_) -> None:
+    if event == COMPILED:
+      compilations.append(duration)
+
+  jax.monitoring.register_event_duration_secs_listener(note)
   rows, lengths = [], []
   with tempfile.TemporaryDirectory() as cache:
     if not jax.config.values["jax_compilation_cache_dir"]:  # trees of one shape share most programs

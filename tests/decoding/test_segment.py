@@ -471,10 +471,13 @@ def in_strides(
   return {at: (found[at], ended[at], begun[at].pages) for at in begun}
 
 
-def check_alike(strided, garden: Garden, whole, other: Garden, skip=None) -> None:
-  """Asserts that rows hold the same but for rounding, beyond the first tokens that are skipped."""
-  for at, (found, stop, pages) in strided.items():
-    expected, other_stop, other_pages = whole[at]
+def check_alike(strided: tuple, whole: tuple, skip=None) -> None:
+  """Asserts that rows hold the same but for rounding, beyond the first tokens that are skipped.
+
+  Each: what in_strides returned, and the pool after.
+  """
+  for at, (found, stop, pages) in strided[0].items():
+    expected, other_stop, other_pages = whole[0][at]
     assert stop == other_stop
     first = (skip or {}).get(at, 0)
     for name in NAMES:
@@ -485,7 +488,7 @@ def check_alike(strided, garden: Garden, whole, other: Garden, skip=None) -> Non
     full = (first + len(found["tokens"])) // PAGE
     assert full == LONG // PAGE or stop != segment_lib.CONTINUES
     for name in ("key", "value"):
-      mine, theirs = getattr(garden.pool, name), getattr(other.pool, name)
+      mine, theirs = getattr(strided[1], name), getattr(whole[1], name)
       mine, theirs = mine[:, pages[:full]], theirs[:, other_pages[:full]]
       np.testing.assert_allclose(mine, theirs, atol=1e-5, err_msg=name)
 
@@ -508,10 +511,10 @@ def test_a_segment_in_strides_is_the_segment_in_one_call(stride, options):
   for size in (stride, LONG):
     garden, parents = planted(11)
     begun = {at: Begun(tokens) for at, tokens in known.items()}
-    found += [in_strides(garden, parents, size, begun, **options), garden]
-  check_alike(*found)
+    found.append((in_strides(garden, parents, size, begun, **options), garden.pool))
+  check_alike(found[0], found[1])
   settings = dataclasses.replace(SETTINGS, **{k: v for k, v in options.items() if k != "unroll"})
-  for (g, m), (row, stop, _) in found[0].items():
+  for (g, m), (row, stop, _) in found[0][0].items():
     parent, n = parents[g][m], len(row["tokens"])
     assert parent is not None
     same = min(n, len(known[g, m]))
@@ -554,12 +557,12 @@ def test_a_node_that_begins_with_the_pages_of_another_is_decoded_the_same():
     for _, _, pages in others.values():  # they are read only
       np.testing.assert_array_equal(garden.pool.key[:, pages], before.key[:, pages])
       np.testing.assert_array_equal(garden.pool.value[:, pages], before.value[:, pages])
-    found += [after, garden]
+    found.append((after, garden.pool))
     leaves = [
       row["tokens"] != others[at][0]["tokens"][first[at] :] for at, (row, *_) in after.items()
     ]
     assert any(leaves)  # the numbers are its own
-  check_alike(*found, first)
+  check_alike(found[0], found[1], first)
   assert {0, 2, 4} <= set(first.values())
 
 

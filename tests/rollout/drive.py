@@ -92,6 +92,7 @@ def settings(*, prompts: int = 1, **changes) -> growth_lib.Settings:
     ),
     pages=0,
     unroll=False,
+    merge=bool(values.pop("merge")),
     **values,
   )
   return dataclasses.replace(shape, pages=trees * shape.pages_of_tree)
@@ -224,8 +225,8 @@ def write(
   first: tokens that each node was given to begin with; filled.
   """
   slots, tree = growth.slots, growth.tree
-  stride = growth.rows.tokens.shape[-1]
-  out = jax.tree.map(lambda x: np.array(x), segment_lib.nothing(slots.live.shape, stride))
+  groups, members, stride = growth.rows.tokens.shape
+  out = jax.tree.map(lambda x: np.array(x), segment_lib.nothing((groups, members), stride))
   for at in zip(*np.nonzero(slots.live), strict=True):
     b, row = int(slots.tree[at]), int(slots.node[at])
     name, base = int(tree.prompt_id[b]), int(growth.rows.base[at])

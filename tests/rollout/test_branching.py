@@ -83,8 +83,8 @@ def test_what_a_budget_of_response_tokens_reaches(
   tokens, least, finished, used, active, growing, total
 ):
   rules = policy(response_tokens=tokens, min_width=least)
-  numbers = map(jnp.int32, (finished, used, active, growing))
-  assert branching.reachable(*numbers, WIDTH, 4, policy=rules) == total
+  reach = functools.partial(branching.reachable, width=WIDTH, segment=4, policy=rules)
+  assert reach(*map(jnp.int32, (finished, used, active, growing))) == total
 
 
 def even(active: int, total: int, remainder: str) -> list[int]:

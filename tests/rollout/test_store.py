@@ -91,7 +91,7 @@ def test_nodes_take_what_is_decoded_stride_by_stride(stride, longest, prune):
   start, fill, store = programs(settings)
   allowed, statuses = longest or SEGMENT, set()
   most = min(allowed, SEGMENT)
-  for seed in range(4):
+  for seed in range(5):
     random = np.random.default_rng(seed)
     known = {row: int(random.integers(0, most)) for row in (1, 3, 4)}
     if seed == 3:  # more than the longest answer holds
@@ -108,7 +108,7 @@ def test_nodes_take_what_is_decoded_stride_by_stride(stride, longest, prune):
         row, base = int(slots.node[at]), int(rows.base[at])
         node, room = nodes[row], min(stride, SEGMENT - base)
         first = max(knows[row] - base, 0)  # tokens of the call that are known
-        ends = first < room and random.random() < 0.3
+        ends = first < room and random.random() < 0.5
         n = int(random.integers(first, room)) + 1 if ends else room
         for i in range(n):
           for name in NAMES:

@@ -17,13 +17,15 @@ from treepo_jax.rollout import tree as tree_lib
 ATTACH = jax.jit(tree_lib.attach)
 
 
-def one(prompts: int = 1, **sizes) -> tree_lib.Tree:
+def one(prompts: int = 1, width: int = 4, depth: int = 3, segment: int = 2) -> tree_lib.Tree:
   """Returns a tree of its prompt alone."""
   tree = tree_lib.create(
     jnp.array([[7, 8, 0]] * prompts),
     jnp.full(prompts, 2),
     jnp.arange(prompts, dtype=jnp.uint32),
-    **({"width": 4, "depth": 3, "segment": 2} | sizes),
+    width=width,
+    depth=depth,
+    segment=segment,
   )
   return jax.tree.map(lambda x: x[0], tree)
 

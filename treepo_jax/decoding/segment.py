@@ -170,7 +170,8 @@ def decode(
   )
   identity = sampling.row_keys(key, rows.prompt_id, rows.node)
   noise = sampling.uniform(identity, rows.base, stride).reshape(stride, -1)
-  shape = rows.live.shape
+  groups, members = rows.live.shape
+  shape = (groups, members)
   raw = settings.is_raw(model.arch.vocab_size)
 
   def running(carry):

@@ -29,7 +29,7 @@ from treepo_jax.rollout import tree as tree_lib
 from treepo_jax.rollout.growth import Growth, Settings
 
 # (prompt's place, its answer's tokens) of trajectories to their rewards.
-Judge = Callable[[Sequence[tuple[int, list[int]]]], Sequence[float]]
+Judge = Callable[[Sequence[tuple[int, list[int]]]], np.ndarray]
 
 PREFILL = 16  # prompts a prefill call and shard at most
 STRIDE = 32  # tokens of a call where config.rollout.stride does not say
@@ -165,14 +165,14 @@ def grow(
   layers = calls.unstack(params) if shape.unroll else None  # once a rollout, not once a segment
   growth, segment = calls.start(params, *_arrays(prompts, mesh_lib.shards(mesh), shape))
   reward = np.zeros((mesh_lib.shards(mesh), count, shape.width), np.float32)
-  seen, heat = np.zeros(reward.shape[0] * count, int), np.float32(heat)
+  seen = np.zeros(reward.shape[0] * count, int)
   while True:
     if shape.judged and judge is not None:
       growth = calls.take(growth, segment, key)
       reward = _judged(growth.tree, reward, seen, judge)
-      growth, need = calls.plan(growth, reward, key, heat)
+      growth, need = calls.plan(growth, reward, key, np.float32(heat))
     else:
-      growth, need = calls.advance(growth, segment, reward, key, heat)
+      growth, need = calls.advance(growth, segment, reward, key, np.float32(heat))
     groups, shared, fresh, unfinished = np.asarray(need).max(0)  # the only wait of a segment
     if not unfinished:
       break

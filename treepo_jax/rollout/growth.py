@@ -17,7 +17,6 @@ from treepo_jax.decoding import stopping
 from treepo_jax.rollout import branching, fallback, pruning, schedule
 from treepo_jax.rollout import tree as tree_lib
 
-
 LONG = 16  # tokens of a call that siblings are taken not to have in common before any was seen
 
 
@@ -201,10 +200,12 @@ def store(growth: Growth, segment: segment_lib.Segment, *, shape: Settings) -> G
     new = jnp.take_along_axis(new.reshape(-1, new.shape[-1])[row], place, -1)
     return jnp.where(fresh, jnp.where(step < count, new, 0).astype(old.dtype), old)
 
-  names = ("tokens", "log_probs", "sampled_log_probs")
-  tree = dataclasses.replace(tree, **{x: tokens(tree[x], segment[x]) for x in names})
-  names = ("low", "high", "states") + (("entropy",) if shape.decoder.entropy else ())
-  paths = dataclasses.replace(paths, **{x: tokens(paths[x], segment[x]) for x in names})
+  def write(old, *names: str):
+    new = {x: tokens(getattr(old, x), getattr(segment, x)) for x in names}
+    return dataclasses.replace(old, **new)
+
+  tree = write(tree, "tokens", "log_probs", "sampled_log_probs")
+  paths = write(paths, "low", "high", "states", *(("entropy",) if shape.decoder.entropy else ()))
   over = (segment.stop != segment_lib.CONTINUES) | (length >= jnp.minimum(allowed, s))
   status = jnp.where(over, _status(tree, slots, segment, base, allowed, shape), tree_lib.OPEN)
   tree = dataclasses.replace(

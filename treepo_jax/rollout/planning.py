@@ -226,12 +226,12 @@ def _give(state: Growth, new: Int[Array, "b w"], cuts: Cuts) -> Growth:
     return x.at[every, new].set(own.astype(x.dtype), mode="drop")
 
   names = ("tokens", "log_probs", "sampled_log_probs")
-  tree = dataclasses.replace(state.tree, **{x: put(state.tree[x]) for x in names})
+  tree = dataclasses.replace(state.tree, **{x: put(getattr(state.tree, x)) for x in names})
   names = ("states", "low", "high", "entropy")
   paths = dataclasses.replace(
     state.paths,
     given=state.paths.given.at[every, new].set(cuts.given, mode="drop"),
-    **{x: put(state.paths[x]) for x in names},
+    **{x: put(getattr(state.paths, x)) for x in names},
   )
   return dataclasses.replace(state, tree=tree, paths=paths)
 
