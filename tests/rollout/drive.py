@@ -38,7 +38,6 @@ CLOSED = 100  # state of the box automaton
 DEFAULTS = {"width": 8, "depth": 4, "segment": 4, "initial": 2, "remainder": "last"}
 FLAT = {
   "prompt_length": 6,
-  "least": 1,
   "repetition_window": 2,
   "repetition_count": 2,
   "page": 2,

@@ -23,7 +23,7 @@ from treepo_jax.rollout import tree as tree_lib
 
 TREES, WIDTH, DEPTH = 3, 4, 2
 NODES, PER_NODE, STRIDE, SLOTS = 1 + WIDTH * DEPTH, 4, 2, 1000  # in pages of one token
-SHAPES = [(1, 1, 1), (2, 3, 1), (4, 2, 1), (12, 2, 2), (12, 2, 12)]  # groups, members, least
+SHAPES = [(1, 1), (2, 3), (4, 2), (12, 2)]  # groups, members
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(2, 5))
@@ -35,8 +35,8 @@ def test_sizes_are_the_most_and_ever_smaller_ones(most, least, factor):
 
 
 @functools.cache
-def _fill(groups: int, members: int, least: int):
-  sizes = {"groups": groups, "members": members, "least": least}
+def _fill(groups: int, members: int):
+  sizes = {"groups": groups, "members": members}
   return jax.jit(functools.partial(schedule.fill, stride=STRIDE, largest=SLOTS, **sizes))
 
 
@@ -62,21 +62,14 @@ def _tree(status: np.ndarray) -> tree_lib.Tree:
   return dataclasses.replace(tree, status=jnp.asarray(status, jnp.int32))
 
 
-def _groups(
-  status, waits, eager: bool, groups: int, members: int, least: int
-) -> list[list[tuple[int, int]]]:
+def _groups(status, waits, eager: bool, groups: int, members: int) -> list[list[tuple[int, int]]]:
   """Returns the nodes of each group that is filled, where there are pages for all."""
-  leading, others = [], []
+  parts = []
   for b in range(TREES):
     rows = [row for row in range(NODES) if status[b, row] == tree_lib.OPEN]
-    rows = [row for row in rows if eager or not waits[b, row]]
-    rows.sort(key=lambda row: (waits[b, row], row))
-    parts = [[(b, row) for row in rows[i : i + members]] for i in range(0, len(rows), members)]
-    count = -(-sum(not waits[b, row] for row in rows) // members)
-    leading, others = leading + parts[:count], others + parts[count:]
-  needed = min(len(leading), groups)
-  size = min(size for size in schedule.sizes(groups, least, schedule.GROWS) if size >= needed)
-  return (leading + others)[:size]
+    rows = [(b, row) for row in rows if eager or not waits[b, row]]
+    parts += [rows[i : i + members] for i in range(0, len(rows), members)]
+  return parts[:groups]
 
 
 NODE = st.sampled_from(["none", "none", "leads", "leads", "waits"])
@@ -89,10 +82,8 @@ NODE = st.sampled_from(["none", "none", "leads", "leads", "waits"])
   st.one_of(st.just(SLOTS), st.integers(0, 40)),  # pages that others than the oldest may take
   st.booleans(),
 )
-def test_leading_nodes_fill_the_groups_in_order_and_others_what_is_empty(
-  nodes, shape, seed, left, eager
-):
-  groups, members, _ = shape
+def test_open_nodes_that_do_not_wait_fill_the_groups_in_order(nodes, shape, seed, left, eager):
+  groups, members = shape
   random = np.random.default_rng(seed)
   kinds = np.array([["prompt", *row] for row in nodes])
   status = np.where(kinds == "none", tree_lib.UNUSED, tree_lib.OPEN)
@@ -312,7 +303,7 @@ class Scribe:
     leads, eager = opened & ~paths.waits, growth.left > growth.stayed
     assert eager or not (served & paths.waits).any()
     groups = -(-leads.sum(1) // self.shape.group)
-    if self.ample and groups.sum() <= self.shape.groups:
+    if self.ample and groups.sum() <= self.shape.groups and not eager:
       assert (served >= leads).all()
     self.note(waits=(opened & paths.waits).any(), fills=(served & paths.waits).any())
 
@@ -364,7 +355,7 @@ CASES: list[tuple[dict, list[dict], tuple[str, ...]]] = [  # trees, engines, wha
   ),
   (
     {"page": 1, "width": 6, "depth": 4},
-    [{"stride": 2, "merge": True, "groups": 8, "group": 3, "least": 2}],
+    [{"stride": 2, "merge": True, "groups": 8, "group": 3}],
     MERGED,
   ),
   (

@@ -404,7 +404,6 @@ def test_what_is_shared_is_written_and_pages_are_whole_ones_of_the_common_tokens
   assert len(seen) == 3 and min(seen.values()) > 10, seen
 
 
-@pytest.mark.xfail(reason="sharing.walk names a copy that becomes a twin itself")
 def test_a_twin_has_no_twin_where_rounding_sets_copies_apart():
   # 1 and 2 are complete and the same, decoded in two calls; 3 draws what 2 says by a hair.
   given = case(0)

@@ -76,7 +76,6 @@ def settings(config, *, vocabulary: int, eos_ids: tuple[int, ...], closed: int) 
     groups=r.rows // r.group,
     group=r.group,
     pages=r.pages,
-    least=1,
     unroll=config.model.unroll,
     merge=r.merge,
     decoder=segment_lib.Settings(
@@ -178,8 +177,9 @@ def grow(
       break
     for part in range(-(-int(fresh) // min(PREFILL, count))):
       growth = calls.prefill(growth, params, jnp.asarray(part))
+    least = -(-LEAST_ROWS // shape.group)
     size = (
-      min(x for x in schedule.sizes(shape.groups, shape.least, schedule.GROWS) if x >= groups),
+      min(x for x in schedule.sizes(shape.groups, least, 4) if x >= groups),
       min(x for x in schedule.sizes(shape.shared, LEAST_SHARED, 2) if x >= shared),
     )
     growth, segment = calls.decode(growth, params, layers, table, key, *size)
@@ -279,8 +279,7 @@ def _fit(shape: Settings, prompts: int) -> Settings:
       f"config.rollout.pages = {pages} cannot hold one tree of width {shape.width} and depth "
       f"{shape.depth}: it needs at least {shape.pages_of_tree}; 0 takes what all prompts need"
     )
-  least = min(-(-LEAST_ROWS // shape.group), groups)
-  return dataclasses.replace(shape, groups=groups, pages=pages, least=least)
+  return dataclasses.replace(shape, groups=groups, pages=pages)
 
 
 def _arrays(prompts: Sequence, shards: int, shape: Settings) -> tuple[np.ndarray, ...]:

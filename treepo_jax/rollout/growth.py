@@ -40,7 +40,6 @@ class Settings:
   group: int
   pages: int
   unroll: bool  # decode with the layers unrolled
-  least: int  # groups of the smallest call
   merge: bool  # nodes that draw the tokens of another are not decoded again
   decoder: segment_lib.Settings
 

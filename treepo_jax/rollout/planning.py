@@ -32,9 +32,11 @@ def take(state: Growth, segment: segment_lib.Segment, key: jax.Array, *, shape: 
   state = growth.store(state, segment, shape=shape)
   if shape.merge:
     waits, opened = state.paths.waits, state.tree.status == OPEN
-    idle = waits & opened & ~_decoded(state)
+    idle, known = waits & opened & ~_decoded(state), state.paths.given
     state = _share(state, opened | waits, waits.any(1), key, shape)
-    stays = idle & (state.paths.waits | (state.paths.twin != tree_lib.NO_ROW))
+    # All that a call decodes is in common, or at least all that was left.
+    whole = state.paths.given - known >= shape.decoder.stride
+    stays = idle & (whole | (state.paths.twin != tree_lib.NO_ROW))
     state = dataclasses.replace(
       state,
       stayed=state.stayed + stays.sum(dtype=jnp.int32),
@@ -77,7 +79,6 @@ def advance(
     state.left > state.stayed,
     groups=shape.groups,
     members=shape.group,
-    least=shape.least,
     stride=stride,
     largest=shape.pages_of_tree,
   )
@@ -257,10 +258,13 @@ def _share(
   def one(args):
     return jax.lax.cond(args[-1], common, apart, *args[:-1])
 
-  above = schedule.ancestry(state.tree, state.paths)
-  tree, paths, more, less = jax.lax.map(one, (state.tree, state.paths, above, asked, some))
-  pool = pages_lib.release(pages_lib.hold(state.pool, more), less)
-  return dataclasses.replace(state, tree=tree, paths=paths, pool=pool)
+  def all_(state):
+    above = schedule.ancestry(state.tree, state.paths)
+    tree, paths, more, less = jax.lax.map(one, (state.tree, state.paths, above, asked, some))
+    pool = pages_lib.release(pages_lib.hold(state.pool, more), less)
+    return dataclasses.replace(state, tree=tree, paths=paths, pool=pool)
+
+  return jax.lax.cond(some.any(), all_, lambda state: state, state)
 
 
 def _admit(state: Growth, key: jax.Array, shape: Settings) -> Growth:

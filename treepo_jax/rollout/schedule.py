@@ -6,8 +6,8 @@ does not fit waits, and a prompt is not branched before its whole wave is decode
 depend on how many rows there are.
 
 A node that knows no more than another open one before it waits for that one (sharing.py): it may go
-the same way at no cost. Where most of those that wait have left in the end, rows that would stand
-empty take such nodes too.
+the same way at no cost. Where most of those that waited have left in the end, none does: it would
+only be later.
 
 Pages: the oldest prompt that is not done can always become its largest tree; what it may need is
 kept for it, and the others take what is left. So none waits for ever, however small the pool.
@@ -25,8 +25,6 @@ from treepo_jax import struct
 from treepo_jax.decoding import pages as pages_lib
 from treepo_jax.decoding.segment import Rows
 from treepo_jax.rollout.tree import NO_ROW, OPEN, Tree
-
-GROWS = 4  # factor between the sizes of calls, in groups
 
 
 @struct.dataclass
@@ -108,34 +106,22 @@ def fill(
   *,
   groups: int,
   members: int,
-  least: int,
   stride: int,
   largest: int,
 ) -> tuple[Slots, Int[Array, ""], Int[Array, "g m"]]:
   """Returns the rows of the next call, its groups in use, and how many pages each row takes.
 
-  running: prompts that are under way. eager: nodes that wait take empty rows. least: groups of the
-  smallest call. stride: pages of a call.
-  largest: pages of the largest tree.
+  running: prompts that are under way. eager: no node waits. stride: pages of a call. largest: pages
+  of the largest tree.
   """
   b, n = tree.parent.shape
   rows, none = (groups, members), groups * members  # slot `none` is dropped
-  leads = (tree.status == OPEN) & ~paths.waits
-  opened = leads | ((tree.status == OPEN) & eager)
-  count = leads.sum(1)
-  rank = jnp.where(
-    leads, jnp.cumsum(leads, 1) - 1, count[:, None] + jnp.cumsum(opened & ~leads, 1) - 1
-  )
-  first, every = -(-count // members), -(-opened.sum(1) // members)
-  more = every - first  # groups of a tree for nodes that wait
-  needed = jnp.minimum(first.sum(), groups)
-  most = groups
-  for size in sizes(groups, least, GROWS)[1:]:
-    most = jnp.where(size >= needed, size, most)
-  group = rank // members
-  after = (first.sum() + jnp.cumsum(more) - more - first)[:, None]
-  place = jnp.where(group < first[:, None], (jnp.cumsum(first) - first)[:, None], after) + group
-  slot = jnp.where(opened & (place < most), place * members + rank % members, none)
+  opened = (tree.status == OPEN) & (eager | ~paths.waits)
+  rank = jnp.cumsum(opened, 1) - 1
+  needed = -(-opened.sum(1) // members)  # groups of a tree
+  first = jnp.cumsum(needed) - needed
+  slot = first[:, None] * members + rank
+  slot = jnp.where(opened & (slot < none), slot, none)
 
   page = tree.tokens.shape[2] // paths.pages.shape[2]
   takes = jnp.minimum(paths.pages.shape[2] - ready(paths, page), stride)

@@ -89,8 +89,12 @@ def walk(
   level &= (known[:, None] == known[None]) & (above[x][:, None] == above[x][None])
   going = open_[x] & ~whole & (rows < n)
   level &= going[:, None] & going[None] & (x[None] < x[:, None])
+  other = jnp.where(most >= 0, y[best], x).astype(jnp.int32)
+  # A twin has no twin: of a copy found just now it is what the copy is of.
+  twin = jnp.full(n, NO_ROW).at[jnp.where(whole, rows, n)].set(other, mode="drop")
+  other = jnp.where(whole & (twin[other] != NO_ROW), twin[other], other)
   return Match(
-    other=jnp.where(most >= 0, y[best], x).astype(jnp.int32),
+    other=other,
     common=jnp.maximum(most, 0),
     known=known,
     whole=whole,
