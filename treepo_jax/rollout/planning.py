@@ -241,8 +241,9 @@ def _share(
   state: Growth, asked: Bool[Array, "b n"], some: Bool[Array, "b"], key: jax.Array, shape: Settings
 ) -> Growth:
   """Lets the nodes asked draw what others hold, in the trees where there is some to be shared."""
-  n, w, j = asked.shape[1], shape.width, shape.pages_of_segment
+  (b, n), w = asked.shape, shape.width
   key = jax.random.fold_in(key, TOKENS)
+  none = jnp.full((w, shape.pages_of_segment), pages_lib.NO_PAGE, jnp.int32)
 
   def common(tree, paths, above, asked):
     rows = jnp.nonzero(asked, size=w, fill_value=n)[0].astype(jnp.int32)
@@ -251,20 +252,20 @@ def _share(
     match = sharing.walk(tree, paths, above, rows, uniform)
     return sharing.apply(tree, paths, rows, match)
 
-  def apart(tree, paths, above, asked):
-    none = jnp.full((w, j), pages_lib.NO_PAGE, jnp.int32)
-    return tree, paths, none, none
-
-  def one(args):
+  def one(args):  # a tree after another, so that those without anything to share cost nothing
+    apart = lambda tree, paths, *_: (tree, paths, none, none)
     return jax.lax.cond(args[-1], common, apart, *args[:-1])
 
-  def all_(state):
-    above = schedule.ancestry(state.tree, state.paths)
-    tree, paths, more, less = jax.lax.map(one, (state.tree, state.paths, above, asked, some))
-    pool = pages_lib.release(pages_lib.hold(state.pool, more), less)
-    return dataclasses.replace(state, tree=tree, paths=paths, pool=pool)
+  def each(tree, paths):
+    return jax.lax.map(one, (tree, paths, schedule.ancestry(tree, paths), asked, some))
 
-  return jax.lax.cond(some.any(), all_, lambda state: state, state)
+  def nothing(tree, paths):
+    return tree, paths, *[jnp.broadcast_to(none, (b, *none.shape))] * 2
+
+  # The pool stays out of the branches, which may copy what they are given.
+  tree, paths, more, less = jax.lax.cond(some.any(), each, nothing, state.tree, state.paths)
+  pool = pages_lib.release(pages_lib.hold(state.pool, more), less)
+  return dataclasses.replace(state, tree=tree, paths=paths, pool=pool)
 
 
 def _admit(state: Growth, key: jax.Array, shape: Settings) -> Growth:
