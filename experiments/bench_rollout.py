@@ -286,7 +286,7 @@ def main() -> None:
   mesh_lib.split_host(config_lib.default())
   compilations = []
 
-  def note(event: str, duration: float, **_) -> None:
+  def note(event: str, duration: float, **kwargs: str | int) -> None:
     if event == COMPILED:
       compilations.append(duration)
 
