@@ -286,9 +286,9 @@ def main() -> None:
   mesh_lib.split_host(config_lib.default())
   compilations = []
 
-  def note(event: str, duration: float, **kwargs: str | int) -> None:
+  def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
     if event == COMPILED:
-      compilations.append(duration)
+      compilations.append(duration_secs)
 
   jax.monitoring.register_event_duration_secs_listener(note)
   rows, lengths = [], []
