@@ -145,14 +145,15 @@ def create(tokens, length, identity, real, *, shape: Settings, pool: pages_lib.P
   empty = jnp.zeros((shape.groups, shape.group), jnp.int32)
   slots = schedule.Slots(live=empty > 0, tree=empty, node=empty)
   own = missing(*empty.shape, shape.pages_of_call)
+  size = {"shared": shape.shared, "depth": shape.depth, "stride": shape.decoder.stride}
+  fill = functools.partial(schedule.rows, **size)
+  rows = jax.eval_shape(fill, tree, paths, slots, own)[0]  # none is in use: only their shape counts
   return Growth(
     tree=tree,
     paths=paths,
     pool=pool,
     slots=slots,
-    rows=schedule.rows(
-      tree, paths, slots, own, shared=shape.shared, depth=shape.depth, stride=shape.decoder.stride
-    )[0],
+    rows=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), rows),
     real=real,
     admitted=never,
     fresh=never,
