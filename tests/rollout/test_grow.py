@@ -296,14 +296,15 @@ def test_merging_siblings_changes_the_cost_alone(changes):
 
 def test_merged_trees_do_not_depend_on_rows_and_devices():
   changes = {"temperature": 0.02, "merge": True}
-  tree, cost = run(settings(**changes))
+  tree, _ = run(settings(**changes))
   for shape, mesh in (
     (settings(rows=2, group=1, **changes), None),
     (settings(group=2, **changes), mesh_lib.create(config_lib.default())),
   ):
-    found, again = run(shape, mesh=mesh)
+    found, cost = run(shape, mesh=mesh)
     same(found, tree)
-    assert again["rollout/tokens_decoded"] == cost["rollout/tokens_decoded"]
+    assert cost["rollout/tokens_decoded"] >= tree.length.sum()  # who waits depends on the rows
+    assert cost["rollout/pages_held"] == 0
 
 
 def same_trajectories(found: tree_lib.Tree, expected: tree_lib.Tree) -> None:

@@ -176,6 +176,11 @@ def test_a_stop_signal_saves_and_the_same_command_continues(finished, tmp_path):
   assert figures(workdir) == figures(finished)
 
 
+# What rows are filled with, and so what is decoded twice, depends on how prompts lie on devices.
+COST = {f"rollout/{x}" for x in ("row_occupancy", "tokens_decoded", "decode_saving")}
+COST |= {"rollout/kv_bytes_read_per_token", "rollout/kv_bytes_flat_per_token"}
+
+
 @pytest.mark.slow
 def test_eight_devices_give_the_run_of_one(finished, tmp_path):
   workdir = tmp_path / "eight"
@@ -184,7 +189,7 @@ def test_eight_devices_give_the_run_of_one(finished, tmp_path):
   one, eight = figures(finished), figures(workdir)
   for a, b in zip(one, eight, strict=True):
     assert a.keys() == b.keys()
-    for key in a.keys() - {"rollout/row_occupancy"}:
+    for key in a.keys() - COST:
       assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-5), key
   first = [trees(w / "trees" / "step_0.jsonl") for w in (finished, workdir)]
   for a, b in zip(*first, strict=True):
