@@ -243,7 +243,6 @@ def _share(
   """Lets the nodes asked draw what others hold, in the trees where there is some to be shared."""
   (b, n), w = asked.shape, shape.width
   key = jax.random.fold_in(key, TOKENS)
-  none = jnp.full((w, shape.pages_of_segment), pages_lib.NO_PAGE, jnp.int32)
 
   def common(tree, paths, above, asked):
     rows = jnp.nonzero(asked, size=w, fill_value=n)[0].astype(jnp.int32)
@@ -252,18 +251,19 @@ def _share(
     match = sharing.walk(tree, paths, above, rows, uniform)
     return sharing.apply(tree, paths, rows, match)
 
-  def one(args):  # a tree after another, so that those without anything to share cost nothing
-    apart = lambda tree, paths, *_: (tree, paths, none, none)
-    return jax.lax.cond(args[-1], common, apart, *args[:-1])
+  above = schedule.ancestry(state.tree, state.paths)
+  order = jnp.argsort(~some, stable=True)
 
-  def each(tree, paths):
-    return jax.lax.map(one, (tree, paths, schedule.ancestry(tree, paths), asked, some))
+  def one(i, carry):
+    tree, paths, *pages = carry
+    at = order[i]
+    own = jax.tree.map(lambda x: x[at], (tree, paths, above, asked))
+    return jax.tree.map(lambda x, new: x.at[at].set(new), (tree, paths, *pages), common(*own))
 
-  def nothing(tree, paths):
-    return tree, paths, *[jnp.broadcast_to(none, (b, *none.shape))] * 2
-
-  # The pool stays out of the branches, which may copy what they are given.
-  tree, paths, more, less = jax.lax.cond(some.any(), each, nothing, state.tree, state.paths)
+  # Those trees alone, one after another and in place: a step of large trees would be all copies.
+  missing = jnp.full((b, w, shape.pages_of_segment), pages_lib.NO_PAGE, jnp.int32)
+  start = (state.tree, state.paths, missing, missing)
+  tree, paths, more, less = jax.lax.fori_loop(0, some.sum(), one, start)
   pool = pages_lib.release(pages_lib.hold(state.pool, more), less)
   return dataclasses.replace(state, tree=tree, paths=paths, pool=pool)
 
