@@ -49,7 +49,7 @@ def _draws(branching: int, rules: fallback.Policy):
     width = tree.leaves.shape[0]
     draws = fallback.draw(key, width)
     room = width - tree_lib.finished(tree)
-    cuts = fallback.regrow(tree, draws, reward, room, DEPTH, policy=rules, branch=branch)
+    cuts = fallback.regrow(tree, draws, reward, room, most=DEPTH, policy=rules, branch=branch)
     return cuts.parent, cuts.source
 
   return jax.jit(jax.vmap(run, in_axes=(None, 0, None)))

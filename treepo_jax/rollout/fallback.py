@@ -102,8 +102,8 @@ def regrow(
   draws: Draws,
   reward: Float[Array, "w"],
   room: Int[Array, ""],
-  most: int,
   *,
+  most: int,
   policy: Policy,
   branch: branching.Policy,
 ) -> Cuts:

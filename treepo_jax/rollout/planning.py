@@ -122,9 +122,20 @@ def _plan(state: Growth, key: jax.Array, heat, reward, shape: Settings) -> Growt
   ready = growth.ready(state)
   chance = draws(key, state.tree.prompt_id, state.wave, shape.width)
   step = functools.partial(_next, shape=shape)
-  cuts, status = jax.vmap(step, in_axes=(0, 0, 0, 0, 0, None))(
+  cuts, status, room, ended = jax.vmap(step, in_axes=(0, 0, 0, 0, 0, None))(
     state.tree, state.paths.entropy.mean(-1), chance, reward, state.before, heat
   )
+  if shape.fallback.place != "none":
+    regrow = functools.partial(
+      fallback.regrow, most=shape.depth, policy=shape.fallback, branch=shape.branch
+    )
+
+    def cut(cuts: Cuts) -> Cuts:
+      anew = jax.vmap(regrow)(state.tree, chance, reward, room)
+      return jax.tree.map(lambda a, b: jnp.where(ended[:, None], b, a), cuts, anew)
+
+    some = (ready & ended & (room > 0)).any()  # of most waves none falls back
+    cuts = jax.lax.cond(some, cut, lambda cuts: cuts, cuts)
   parent = jnp.where(ready[:, None], cuts.parent, tree_lib.NO_PARENT)
   cuts = dataclasses.replace(cuts, parent=parent)
   finished = tree_lib.finished(state.tree)
@@ -155,8 +166,11 @@ def _plan(state: Growth, key: jax.Array, heat, reward, shape: Settings) -> Growt
 
 def _next(
   tree: tree_lib.Tree, entropy, chance: Draws, reward, before, heat, *, shape: Settings
-) -> tuple[Cuts, Int[Array, "n"]]:
-  """Returns the nodes of one tree's next wave, none where it is done, and every node's status."""
+) -> tuple[Cuts, Int[Array, "n"], Int[Array, ""], Bool[Array, ""]]:
+  """Returns the next wave of one tree by branching, and what is needed to plan the rest.
+
+  That is every node's status, how many trajectories more there may be, and whether no path goes on.
+  """
   n, w, s = tree.parent.shape[0], shape.width, shape.decoder.segment
   rows = jnp.nonzero(tree.status == tree_lib.ACTIVE, size=w, fill_value=n)[0].astype(jnp.int32)
   finished = tree_lib.finished(tree)
@@ -180,12 +194,7 @@ def _next(
   parent = branching.allocate(tree, rows, total, heat, policy=shape.branch)
   none = jnp.zeros(w, jnp.int32)
   grown = Cuts(parent=parent, source=none + tree_lib.NO_ROW, guide=none, given=none)
-  if shape.fallback.place == "none":
-    return grown, status
-  cuts = fallback.regrow(
-    tree, chance, reward, room, shape.depth, policy=shape.fallback, branch=shape.branch
-  )
-  return jax.tree.map(lambda a, b: jnp.where(count > 0, a, b), grown, cuts), status
+  return grown, status, room, count == 0
 
 
 def _open(state: Growth, cuts: Cuts, key: jax.Array, shape: Settings) -> Growth:
