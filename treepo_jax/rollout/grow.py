@@ -165,13 +165,15 @@ def grow(
   growth, segment = calls.start(params, *_arrays(prompts, mesh_lib.shards(mesh), shape))
   reward = np.zeros((mesh_lib.shards(mesh), count, shape.width), np.float32)
   seen = np.zeros(reward.shape[0] * count, int)
+  split = NamedSharding(mesh, PartitionSpec(mesh_lib.BATCH_AXES))
+  unjudged, warmth = jax.device_put(reward, split), np.float32(heat)
   while True:
     if shape.judged and judge is not None:
       growth = calls.take(growth, segment, key)
       reward = _judged(growth.tree, reward, seen, judge)
-      growth, need = calls.plan(growth, reward, key, np.float32(heat))
+      growth, need = calls.plan(growth, reward, key, warmth)
     else:
-      growth, need = calls.advance(growth, segment, reward, key, np.float32(heat))
+      growth, need = calls.advance(growth, segment, unjudged, key, warmth)
     groups, shared, fresh, unfinished = np.asarray(need).max(0)  # the only wait of a segment
     if not unfinished:
       break
@@ -359,7 +361,7 @@ def _decode(
     params,
     layers,
     table,
-    jax.random.fold_in(key, 0),
+    jax.random.fold_in(key, planning.TOKENS),
     graph=graph,
     settings=shape.decoder,
   )

@@ -175,10 +175,7 @@ def targets(slots: schedule.Slots, tree: tree_lib.Tree):
 
 
 def store(growth: Growth, segment: segment_lib.Segment, *, shape: Settings) -> Growth:
-  """Writes what was decoded to its nodes, ends those that stop and frees the pages of the ended.
-
-  Trajectories of prompts whose wave is complete become leaves.
-  """
+  """Writes what was decoded to its nodes, ends those that stop and frees the pages of the ended."""
   tree, paths, slots, s = growth.tree, growth.paths, growth.slots, shape.decoder.segment
   b, n = tree.parent.shape
   base, at = growth.rows.base, targets(slots, tree)
