@@ -24,6 +24,7 @@ from treepo_jax.rollout.growth import Growth, Settings
 from treepo_jax.rollout.tree import OPEN
 
 INSIDE = ("log_prob", "block", "inverse_block")  # fallbacks that may cut inside a segment
+PATIENCE = 4  # nodes that leave for one that stays, up to which waiting pays
 TOKENS, POLICY, BATCH = 0, 1, 2  # what a draw is for: a token, a prompt's plan, one for all prompts
 
 
@@ -76,7 +77,7 @@ def advance(
     state.paths,
     state.pool,
     state.admitted & ~state.done,
-    state.left > state.stayed,
+    state.left > PATIENCE * state.stayed,
     groups=shape.groups,
     members=shape.group,
     stride=stride,
