@@ -300,7 +300,7 @@ class Scribe:
       above = above if paths.twin[b, above] == tree_lib.NO_ROW else int(paths.twin[b, above])
       leader = first.setdefault((b, above, *tree.tokens[b, row, :known].tolist()), row)
       assert paths.waits[b, row] == (self.shape.merge and leader != row)
-    leads, eager = opened & ~paths.waits, growth.left > growth.stayed
+    leads, eager = opened & ~paths.waits, growth.missed > planning.PATIENCE * growth.saved
     assert eager or not (served & paths.waits).any()
     groups = -(-leads.sum(1) // self.shape.group)
     if self.ample and groups.sum() <= self.shape.groups and not eager:

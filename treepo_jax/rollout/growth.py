@@ -101,7 +101,8 @@ class Growth:
     before: trajectories of each prompt that had ended when its wave began.
     wave: waves of each prompt so far.
     spent: pages that each prompt held when it was done.
-    stayed, left: how often a node that waited for another went its way, or left it, over a call.
+    saved, missed: tokens that nodes which waited for another had in common with it, and those that
+      they could have decoded meanwhile and had not.
   """
 
   tree: tree_lib.Tree
@@ -116,8 +117,8 @@ class Growth:
   before: Int[Array, "b"]
   wave: Int[Array, "b"]
   spent: Int[Array, "b"]
-  stayed: Int[Array, ""]
-  left: Int[Array, ""]
+  saved: Int[Array, ""]
+  missed: Int[Array, ""]
   counters: Counters
 
 
@@ -161,8 +162,8 @@ def create(tokens, length, identity, real, *, shape: Settings, pool: pages_lib.P
     before=jnp.zeros(b, jnp.int32),
     wave=jnp.zeros(b, jnp.int32),
     spent=jnp.zeros(b, jnp.int32),
-    stayed=zero,
-    left=jnp.asarray(shape.decoder.stride > LONG, jnp.int32),
+    saved=zero,
+    missed=jnp.asarray(shape.decoder.stride > LONG, jnp.int32),
     counters=Counters(
       row_steps=zero, decoded=zero, read_shared=jnp.zeros(()), read_flat=jnp.zeros(())
     ),

@@ -24,7 +24,7 @@ from treepo_jax.rollout.growth import Growth, Settings
 from treepo_jax.rollout.tree import OPEN
 
 INSIDE = ("log_prob", "block", "inverse_block")  # fallbacks that may cut inside a segment
-PATIENCE = 4  # nodes that leave for one that stays, up to which waiting pays
+PATIENCE = 8  # tokens missed for one that is saved, up to which waiting pays
 TOKENS, POLICY, BATCH = 0, 1, 2  # what a draw is for: a token, a prompt's plan, one for all prompts
 
 
@@ -35,13 +35,14 @@ def take(state: Growth, segment: segment_lib.Segment, key: jax.Array, *, shape: 
     waits, opened = state.paths.waits, state.tree.status == OPEN
     idle, known = waits & opened & ~_decoded(state), state.paths.given
     state = _share(state, opened | waits, waits.any(1), key, shape)
-    # All that a call decodes is in common, or at least all that was left.
-    whole = state.paths.given - known >= shape.decoder.stride
-    stays = idle & (whole | (state.paths.twin != tree_lib.NO_ROW))
+    # Tokens that a node was saved, and those that it would have decoded meanwhile and was not.
+    call = jnp.minimum(shape.decoder.stride, shape.decoder.segment - known)
+    same = state.paths.twin != tree_lib.NO_ROW
+    saved = jnp.where(idle, jnp.where(same, call, state.paths.given - known), 0)
     state = dataclasses.replace(
       state,
-      stayed=state.stayed + stays.sum(dtype=jnp.int32),
-      left=state.left + (idle & ~stays).sum(dtype=jnp.int32),
+      saved=state.saved + saved.sum(dtype=jnp.int32),
+      missed=state.missed + jnp.where(idle, jnp.maximum(call - saved, 0), 0).sum(dtype=jnp.int32),
     )
   leaves = jax.vmap(growth.append)(state.tree.leaves, state.tree.status, growth.ready(state))
   return dataclasses.replace(state, tree=dataclasses.replace(state.tree, leaves=leaves))
@@ -77,7 +78,7 @@ def advance(
     state.paths,
     state.pool,
     state.admitted & ~state.done,
-    state.left > PATIENCE * state.stayed,
+    state.missed > PATIENCE * state.saved,
     groups=shape.groups,
     members=shape.group,
     stride=stride,

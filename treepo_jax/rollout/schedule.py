@@ -6,7 +6,7 @@ does not fit waits, and a prompt is not branched before its whole wave is decode
 depend on how many rows there are.
 
 A node that knows no more than another open one before it waits for that one (sharing.py): it may go
-the same way at no cost. Where most of those that waited have left in the end, none does: it would
+the same way at no cost. Where waiting has saved few tokens so far, none does: it would
 only be later.
 
 Pages: the oldest prompt that is not done can always become its largest tree; what it may need is
