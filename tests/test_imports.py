@@ -32,6 +32,7 @@ ORDER = (
   "rollout.growth",
   "rollout.sharing",
   "rollout.planning",
+  "rollout.programs",
   "rollout.grow",
   "learn.estimators",
   "learn.advantages",

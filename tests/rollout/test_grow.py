@@ -20,7 +20,7 @@ from tests import toy
 from treepo_jax import config as config_lib
 from treepo_jax.model import mesh as mesh_lib
 from treepo_jax.model import transformer
-from treepo_jax.rollout import grow, schedule
+from treepo_jax.rollout import grow, programs, schedule
 from treepo_jax.rollout import tree as tree_lib
 
 ARCH = transformer.Architecture(
@@ -391,13 +391,13 @@ def test_a_second_call_compiles_nothing(caplog):
 
 
 def test_the_state_is_donated():
-  shape = grow._fit(settings(), len(prompts()))
+  shape = grow._fit(settings(), len(prompts()), one_device())
   graph, params = policy()
   usual()
-  calls = grow._compiled(graph, shape, one_device())
+  calls = programs.build(graph, jnp.dtype("float32"), shape, len(prompts()), one_device())
   params = jax.device_put(params, mesh_lib.replicated(one_device()))
-  size = next(iter(calls.decode.sizes))
-  old, segment = calls.start(params, *grow._arrays(prompts(), 1, shape))
+  size = next(iter(calls.decode.used))
+  old, segment = calls.start(*grow._arrays(prompts(), 1, shape))
   key = jax.random.key(0)
 
   def gone(state) -> bool:

@@ -46,6 +46,9 @@ class Settings:
   stop_at: str = "box"  # "box": a row stops where its box closes | "segment", "eos": it does not
   blind_eos: bool = False  # published: EOS is missed as a segment's first token, or one of many
   entropy: bool = False  # note the policy's entropy
+  # Axes of the mesh whose shards run as many steps: where weights are split over another axis,
+  # whose devices talk in each step, none may leave the loop before the others.
+  together: tuple[str, ...] = ()
 
   def is_raw(self, size: int) -> bool:
     """Returns whether tokens are drawn from the softmax of all `size` logits as they are."""
@@ -174,12 +177,16 @@ def decode(
   shape = (groups, members)
   raw = settings.is_raw(model.arch.vocab_size)
 
+  def going(alive):
+    any_ = alive.any()
+    return jax.lax.pmax(any_, settings.together) if settings.together else any_
+
   def running(carry):
-    step, alive = carry[0], carry[1]
-    return (step < stride) & alive.any()
+    step, alive = carry[:2]
+    return (step < stride) & alive
 
   def body(carry):
-    step, alive, last, state, own, out = carry
+    step, _, alive, last, state, own, out = carry
     hidden, own = transformer.decode_step(
       model, layers, last, rows.position + step, context, own, step
     )
@@ -217,7 +224,7 @@ def decode(
     }
     out |= {"length": out["length"] + alive, "stop": jnp.where(alive, stop, out["stop"])}
     alive &= (stop == CONTINUES) & (step + 1 < rows.room)
-    return step + 1, alive, token, state, own, out
+    return step + 1, going(alive), alive, token, state, own, out
 
   empty = nothing(shape, stride)
   names = ["tokens", "log_probs", "low", "high", "states", "length", "stop"]
@@ -225,8 +232,8 @@ def decode(
   names += ["entropy"] if settings.entropy else []
   out = {name: getattr(empty, name) for name in names}
   own = _buffers(pool, shape, stride, unroll)
-  carry = (jnp.zeros((), jnp.int32), rows.live, rows.last, rows.state, own, out)
-  steps, _, _, _, own, out = jax.lax.while_loop(running, body, carry)
+  carry = (jnp.zeros((), jnp.int32), going(rows.live), rows.live, rows.last, rows.state, own, out)
+  steps, *_, own, out = jax.lax.while_loop(running, body, carry)
   length = out["length"].astype(jnp.float32)
   inner = (length * (length + 1) / 2).sum()
   group_tokens = visible.any(1).sum(-1).astype(jnp.float32)

@@ -1,7 +1,8 @@
 """The device mesh and, in one table, which axis each kind of weight is split over.
 
 Axes: "data" holds whole copies, "fsdp" splits weights and optimizer state, "tensor" splits heads
-and hidden units. Rows of a batch and trees of a rollout are split over data x fsdp.
+and hidden units. Rows of a batch and trees of a rollout are split over data x fsdp; the weights of
+a rollout, which every step reads whole, over tensor alone.
 """
 
 import os
@@ -13,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from treepo_jax.config import UserError
 
 BATCH_AXES = ("data", "fsdp")
+WEIGHT_AXES = ("fsdp", "tensor")
 
 # Last two names of a weight's path -> the axis of each dimension. Weights of the layers carry a
 # leading layer dimension, which is never split.
@@ -75,21 +77,28 @@ def shards(mesh: Mesh) -> int:
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-  """Returns how the weight at `path` is split; dimensions that do not divide stay whole."""
+def spec(
+  path: tuple, shape: tuple[int, ...], mesh: Mesh, over: tuple[str, ...] = WEIGHT_AXES
+) -> PartitionSpec:
+  """Returns how the weight at `path` is split `over` the axes; what does not divide stays whole."""
   names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
   role = next((ROLES[name] for name in reversed(names) if name in ROLES), None)
   if role is None or names[-1] not in ("kernel", "embed"):
     return PartitionSpec()  # norms and biases are small: whole on every device
   axes = (None,) * (len(shape) - 2) + role
-  fits = [axis and size % mesh.shape[axis] == 0 for axis, size in zip(axes, shape, strict=True)]
+  fits = [
+    axis in over and size % mesh.shape[axis] == 0 for axis, size in zip(axes, shape, strict=True)
+  ]
   return PartitionSpec(*(axis if fit else None for axis, fit in zip(axes, fits, strict=True)))
 
 
-def shardings(tree, mesh: Mesh):
-  """Returns a NamedSharding for every array of a pytree of weights (or of optimizer state)."""
+def shardings(tree, mesh: Mesh, over: tuple[str, ...] = WEIGHT_AXES):
+  """Returns a NamedSharding for every array of a pytree of weights (or of optimizer state).
+
+  over: axes that split. A rollout, whose trees are split over data x fsdp, takes ("tensor",).
+  """
   return jax.tree_util.tree_map_with_path(
-    lambda path, x: NamedSharding(mesh, spec(path, x.shape, mesh)), tree
+    lambda path, x: NamedSharding(mesh, spec(path, x.shape, mesh, over)), tree
   )
 
 

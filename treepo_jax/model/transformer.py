@@ -207,6 +207,11 @@ def abstract(arch: Architecture, dtype=jnp.float32) -> tuple[nnx.GraphDef, dict]
   return graph, nnx.to_pure_dict(params)
 
 
+def architecture(graph: nnx.GraphDef) -> Architecture:
+  """Returns the architecture that the graph was made of."""
+  return next(x.value for name, x in graph.attributes if name == "arch")
+
+
 def hidden(
   graph: nnx.GraphDef,
   params: dict,

@@ -8,7 +8,6 @@ each device of data x fsdp.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,24 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
 
 from treepo_jax.config import UserError
-from treepo_jax.decoding import pages as pages_lib
 from treepo_jax.decoding import segment as segment_lib
 from treepo_jax.model import mesh as mesh_lib
 from treepo_jax.model import transformer
-from treepo_jax.rollout import branching, fallback, planning, pruning, schedule
-from treepo_jax.rollout import growth as growth_lib
+from treepo_jax.rollout import branching, fallback, programs, pruning
 from treepo_jax.rollout import tree as tree_lib
 from treepo_jax.rollout.growth import Growth, Settings
 
 # (prompt's place, its answer's tokens) of trajectories to their rewards.
 Judge = Callable[[Sequence[tuple[int, list[int]]]], np.ndarray]
 
-PREFILL = 16  # prompts a prefill call and shard at most
 STRIDE = 32  # tokens of a call where config.rollout.stride does not say
-LEAST_ROWS, LEAST_SHARED = 32, 2  # smaller programs would save less than their compilation costs
 
 
 def settings(config, *, vocabulary: int, eos_ids: tuple[int, ...], closed: int) -> Settings:
@@ -158,11 +152,12 @@ def grow(
   if shape.judged and judge is None:
     raise ValueError("rollout.prune = 'reward' and rollout.fallback = 'disagree' need a judge")
   count = -(-len(prompts) // mesh_lib.shards(mesh))  # prompts a shard
-  shape = _fit(shape, count)
-  calls = _compiled(graph, shape, mesh)
-  params, table = jax.device_put((params, table), mesh_lib.replicated(mesh))
+  shape = _fit(shape, count, mesh)
+  calls = programs.build(graph, params["embed"].dtype, shape, count, mesh)
+  params = jax.device_put(params, mesh_lib.shardings(params, mesh, over=("tensor",)))
+  table = jax.device_put(table, mesh_lib.replicated(mesh))
   layers = calls.unstack(params) if shape.unroll else None  # once a rollout, not once a segment
-  growth, segment = calls.start(params, *_arrays(prompts, mesh_lib.shards(mesh), shape))
+  growth, segment = calls.start(*_arrays(prompts, mesh_lib.shards(mesh), shape))
   reward = np.zeros((mesh_lib.shards(mesh), count, shape.width), np.float32)
   seen = np.zeros(reward.shape[0] * count, int)
   split = NamedSharding(mesh, PartitionSpec(mesh_lib.BATCH_AXES))
@@ -177,14 +172,9 @@ def grow(
     groups, shared, fresh, unfinished = np.asarray(need).max(0)  # the only wait of a segment
     if not unfinished:
       break
-    for part in range(-(-int(fresh) // min(PREFILL, count))):
+    for part in range(-(-int(fresh) // min(programs.PREFILL, count))):
       growth = calls.prefill(growth, params, jnp.asarray(part))
-    least = -(-LEAST_ROWS // shape.group)
-    size = (
-      min(x for x in schedule.sizes(shape.groups, least, 4) if x >= groups),
-      min(x for x in schedule.sizes(shape.shared, LEAST_SHARED, 2) if x >= shared),
-    )
-    growth, segment = calls.decode(growth, params, layers, table, key, *size)
+    growth, segment = calls.decode(growth, params, layers, table, key, int(groups), int(shared))
   tree = calls.merge(growth.tree, growth.paths.twin) if shape.merge else growth.tree
   return _finish(growth, tree, len(prompts), graph, params, shape)
 
@@ -207,72 +197,7 @@ def _judged(tree: tree_lib.Tree, reward: np.ndarray, seen: np.ndarray, judge: Ju
   return flat.reshape(reward.shape)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Calls:
-  start: Callable
-  unstack: Callable
-  merge: Callable
-  take: Callable
-  plan: Callable
-  advance: Callable
-  prefill: Callable
-  decode: Callable
-
-
-@functools.cache
-def _compiled(graph: nnx.GraphDef, shape: Settings, mesh: Mesh) -> _Calls:
-  """Returns the programs of a rollout; those of the loop donate their state, a shard a device."""
-
-  def sharded(run, *, whole: tuple[int, ...], count: int):
-    """Lifts a one-shard function: arguments in `whole` are on every device, others are split."""
-    split = PartitionSpec(mesh_lib.BATCH_AXES)
-    specs = tuple(PartitionSpec() if i in whole else split for i in range(count))
-
-    def local(*args):
-      own = [a if i in whole else jax.tree.map(lambda x: x[0], a) for i, a in enumerate(args)]
-      return jax.tree.map(lambda x: x[None], run(*own))
-
-    lifted = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
-    return jax.jit(lifted, donate_argnums=0)
-
-  take = functools.partial(planning.take, shape=shape)
-
-  def plan(growth, reward, key, heat):
-    return planning.advance(growth, key, heat, reward, shape=shape)
-
-  def advance(growth, segment, reward, key, heat):
-    return plan(take(growth, segment, key), reward, key, heat)
-
-  start = functools.partial(_start, graph=graph, shape=shape)
-  return _Calls(
-    start=jax.jit(start, out_shardings=NamedSharding(mesh, PartitionSpec(mesh_lib.BATCH_AXES))),
-    unstack=jax.jit(transformer.unstack),
-    merge=jax.jit(jax.vmap(jax.vmap(tree_lib.merge))),
-    take=sharded(take, whole=(2,), count=3),
-    plan=sharded(plan, whole=(2, 3), count=4),
-    advance=sharded(advance, whole=(3, 4), count=5),
-    prefill=sharded(functools.partial(_prefill, graph=graph), whole=(1, 2), count=3),
-    decode=_Decode(sharded, graph, shape),
-  )
-
-
-class _Decode:
-  """The segment decoder, compiled once for every size of (groups, shared nodes) that is used."""
-
-  def __init__(self, sharded, graph: nnx.GraphDef, shape: Settings):
-    self.sharded, self.graph, self.shape = sharded, graph, shape
-    self.sizes = {}
-
-  def __call__(self, growth: Growth, params: dict, layers, table, key, groups: int, shared: int):
-    if (groups, shared) not in self.sizes:
-      run = functools.partial(
-        _decode, graph=self.graph, shape=self.shape, groups=groups, shared=shared
-      )
-      self.sizes[groups, shared] = self.sharded(run, whole=(1, 2, 3, 4), count=5)
-    return self.sizes[groups, shared](growth, params, layers, table, key)
-
-
-def _fit(shape: Settings, prompts: int) -> Settings:
+def _fit(shape: Settings, prompts: int, mesh: Mesh) -> Settings:
   """Returns the settings with no more groups and pages than `prompts` of a shard can use."""
   groups = min(shape.groups, prompts * -(-shape.width // shape.group))
   pages = min(shape.pages or shape.pages_of_tree * prompts, shape.pages_of_tree * prompts)
@@ -281,7 +206,9 @@ def _fit(shape: Settings, prompts: int) -> Settings:
       f"config.rollout.pages = {pages} cannot hold one tree of width {shape.width} and depth "
       f"{shape.depth}: it needs at least {shape.pages_of_tree}; 0 takes what all prompts need"
     )
-  return dataclasses.replace(shape, groups=groups, pages=pages)
+  together = mesh_lib.BATCH_AXES if mesh.shape["tensor"] > 1 else ()
+  decoder = dataclasses.replace(shape.decoder, together=together)
+  return dataclasses.replace(shape, groups=groups, pages=pages, decoder=decoder)
 
 
 def _arrays(prompts: Sequence, shards: int, shape: Settings) -> tuple[np.ndarray, ...]:
@@ -302,83 +229,11 @@ def _arrays(prompts: Sequence, shards: int, shape: Settings) -> tuple[np.ndarray
   return tuple(x.reshape(shards, count, *x.shape[1:]) for x in (tokens, length, identity, real))
 
 
-def _start(
-  params: dict, tokens, length, identity, real, *, graph: nnx.GraphDef, shape: Settings
-) -> tuple[Growth, segment_lib.Segment]:
-  """Returns the state of all shards with their prompts, and a first segment that holds nothing."""
-  arch = nnx.merge(graph, params).arch
-  dtype = params["embed"].dtype
-  pool = pages_lib.create(arch.layers, shape.pages, arch.kv_heads, shape.page, arch.head_dim, dtype)
-  create = functools.partial(growth_lib.create, shape=shape, pool=pool)
-  growth = jax.vmap(create)(tokens, length, identity, real)
-  empty = segment_lib.nothing((shape.groups, shape.group), shape.decoder.stride)
-  return growth, jax.tree.map(lambda x: jnp.broadcast_to(x, (tokens.shape[0], *x.shape)), empty)
-
-
-def _prefill(growth: Growth, params: dict, part: Int[Array, ""], *, graph: nnx.GraphDef) -> Growth:
-  """Writes the pages of the part-th PREFILL of the prompts just admitted."""
-  b = growth.fresh.shape[0]
-  chunk = min(PREFILL, b)
-  rank = jnp.cumsum(growth.fresh) - 1 - part * chunk
-  spot = jnp.where(growth.fresh & (rank >= 0), rank, chunk)
-  index = jnp.full(chunk, b, jnp.int32).at[spot].set(jnp.arange(b, dtype=jnp.int32), mode="drop")
-  get = lambda x, fill: x.at[index].get(mode="fill", fill_value=fill)
-  pool = segment_lib.prefill(
-    growth.pool,
-    get(growth.tree.prompt, 0),
-    get(growth.tree.prompt_length, 1),
-    get(growth.paths.prompt, pages_lib.NO_PAGE),
-    params,
-    graph=graph,
-  )
-  return dataclasses.replace(growth, pool=pool)
-
-
-def _decode(
-  growth: Growth,
-  params: dict,
-  layers,
-  table,
-  key: jax.Array,
-  *,
-  graph,
-  shape: Settings,
-  groups: int,
-  shared: int,
-) -> tuple[Growth, segment_lib.Segment]:
-  """Decodes the first `groups` groups with room for `shared` nodes; pads to all groups."""
-  context = shape.pages_of_prompt + shared * shape.pages_of_segment
-  rows = jax.tree.map(lambda x: x[:groups], growth.rows)
-  rows = dataclasses.replace(
-    rows,
-    context=rows.context[:, :context],
-    start=rows.start[:, :context],
-    sees=rows.sees[..., :context],
-  )
-  pool, segment = segment_lib.decode(
-    growth.pool,
-    rows,
-    params,
-    layers,
-    table,
-    jax.random.fold_in(key, planning.TOKENS),
-    graph=graph,
-    settings=shape.decoder,
-  )
-  pad = lambda x: (
-    jnp.pad(x, [(0, shape.groups - groups)] + [(0, 0)] * (x.ndim - 1)) if x.ndim else x
-  )
-  segment = jax.tree.map(pad, segment)
-  return dataclasses.replace(growth, pool=pool), dataclasses.replace(
-    segment, steps=segment.steps * rows.live.size
-  )
-
-
 def _finish(growth: Growth, tree, count: int, graph: nnx.GraphDef, params: dict, shape: Settings):
   """Returns the trees on the host, without padding, and what they cost."""
   tree = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], jax.device_get(tree))
   counters = jax.tree.map(lambda x: float(np.sum(x)), jax.device_get(growth.counters))
-  arch = nnx.merge(graph, params).arch
+  arch = transformer.architecture(graph)
   per_token = 2 * arch.layers * arch.kv_heads * arch.head_dim * params["embed"].dtype.itemsize
   decoded = max(counters.decoded, 1.0)
   held = growth.pool.free.shape[1] - np.asarray(growth.pool.size)
