@@ -14,6 +14,7 @@ R packed rows, L tokens of a packed row, K pieces of rows (a tree, a part of one
 M nodes placed in pieces.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -70,6 +71,19 @@ class Batch:
   tokens_path: Int[Any, "*k r"]
   rollout_log_probs: Float[Any, "*k r l"] | None = None
   reference_log_probs: Float[Any, "*k r l"] | None = None
+
+
+def abstract(rows: int, config) -> Batch:
+  """Returns the shapes of a packed batch of so many rows."""
+  per_row = ("divisor", "tokens_trained", "tokens_path")
+  whole = ("tokens", "positions", "end", "previous", "node", "depth", "tokens_trained", "tokens_path")
+
+  def shape(name: str) -> jax.ShapeDtypeStruct:
+    size = (rows,) if name in per_row else (rows, config.learn.row_length)
+    return jax.ShapeDtypeStruct(size, np.int32 if name in whole else np.float32)
+
+  names = [f.name for f in dataclasses.fields(Batch) if f.default is dataclasses.MISSING]
+  return Batch(**{name: shape(name) for name in names})
 
 
 class _Layout(NamedTuple):

@@ -68,30 +68,39 @@ def create(params: Any, config, mesh: Mesh) -> State:
       f"(mesh.data x mesh.fsdp): set it to a multiple, for example {-(-rows // shards) * shards}"
     )
 
-  settings, kept = config.learn, config.learn.kl != "none"
-
-  def init(params):
-    whole, base, reference = cast(params, jnp.float32), None, None
-    trained = whole
-    if config.lora.rank:
-      key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(b"lora"))
-      base = cast(params, config.model.dtype)
-      trained = lora.create(whole, key, rank=config.lora.rank, targets=config.lora.targets)
-    if kept and settings.reference == "average":
-      reference = whole
-    elif kept and base is None:
-      reference = cast(params, config.model.dtype)
-    return State(
-      step=jnp.zeros((), jnp.int32),
-      params=trained,
-      opt_state=optimizer.create(config).init(trained),
-      kl_weight=jnp.float32(settings.kl_weight),
-      base=base,
-      reference=reference,
-    )
-
+  init = functools.partial(_init, config=config)
   layout = mesh_lib.shardings(jax.eval_shape(init, params), mesh)
   return jax.jit(init, out_shardings=layout)(params)
+
+
+def abstract(params: Any, config, mesh: Mesh) -> State:
+  """Returns the shapes and the layout of what `create` makes of such params."""
+  state = jax.eval_shape(functools.partial(_init, config=config), params)
+  layout = mesh_lib.shardings(state, mesh)
+  put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  return jax.tree.map(put, state, layout)
+
+
+def _init(params: Any, *, config) -> State:
+  settings, kept = config.learn, config.learn.kl != "none"
+  whole, base, reference = cast(params, jnp.float32), None, None
+  trained = whole
+  if config.lora.rank:
+    key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(b"lora"))
+    base = cast(params, config.model.dtype)
+    trained = lora.create(whole, key, rank=config.lora.rank, targets=config.lora.targets)
+  if kept and settings.reference == "average":
+    reference = whole
+  elif kept and base is None:
+    reference = cast(params, config.model.dtype)
+  return State(
+    step=jnp.zeros((), jnp.int32),
+    params=trained,
+    opt_state=optimizer.create(config).init(trained),
+    kl_weight=jnp.float32(settings.kl_weight),
+    base=base,
+    reference=reference,
+  )
 
 
 def cast(params: Any, dtype) -> Any:
