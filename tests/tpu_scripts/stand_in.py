@@ -3,7 +3,7 @@
 It records every call in calls.jsonl. Machines are folders vms/NODE/WORKER, in which `ssh` runs its
 command for real; buckets are folders below buckets/. world.json says what exists and what to do:
 
-  tpu-vm, queued-resources: name -> states that `describe` gives one after another, the last for ever
+  tpu-vm, queued-resources: name -> states that `describe` gives in turn, the last for ever
   workers: VMs of a slice
   rules: what happens to a call whose words contain `match`, `times` times, after `skip` others and
     after a file `after` is in a bucket: `stderr` and exit status 1; with `preempt` the machine is
@@ -95,10 +95,8 @@ def tpus(world: dict, kind: str, verb: str, names: list[str], options: dict) -> 
   elif verb in ("describe", "delete"):
     if name not in world[kind]:
       where = {"tpu-vm": "nodes", "queued-resources": "queuedResources"}[kind]
-      resource = f"projects/p/locations/z/{where}/{name}"
-      fail(
-        f"ERROR: (gcloud.compute.tpus.{kind}.{verb}) NOT_FOUND: Resource '{resource}' was not found"
-      )
+      resource = f"Resource 'projects/p/locations/z/{where}/{name}' was not found"
+      fail(f"ERROR: (gcloud.compute.tpus.{kind}.{verb}) NOT_FOUND: {resource}")
     if verb == "describe":
       states = world[kind][name]
       print(states[0])
@@ -173,9 +171,8 @@ def python3(words: list[str]) -> None:
   if words[:2] == ["-m", "venv"]:
     interpreter = Path(words[2]) / "bin" / "python"
     interpreter.parent.mkdir(parents=True)
-    interpreter.write_text(
-      f'#!/bin/sh\nexec "{sys.executable}" -IS "{__file__}" "{FOLDER}" main "$@"\n'
-    )
+    call = f'"{sys.executable}" -IS "{__file__}" "{FOLDER}" main'
+    interpreter.write_text(f'#!/bin/sh\nexec {call} "$@"\n')
     interpreter.chmod(0o755)
 
 
