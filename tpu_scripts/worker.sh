@@ -29,7 +29,8 @@ say() { printf 'worker.sh: %s\n' "$*" >&2; }
 
 setup() {
   if [[ ! -x .venv/bin/python ]]; then
-    if python3 -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))'; then
+    if python3 -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+      2> /dev/null; then
       python3 -m venv .venv
     else
       say "python3 is older than 3.11 or has no venv: uv installs another beside it"

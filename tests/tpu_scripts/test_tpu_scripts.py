@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,8 +76,9 @@ class Cloud:
     return self.folder / "vms" / node / str(worker) / "treepo_jax"
 
   def metrics(self, run="treepo") -> list[dict]:
-    text = (self.folder / "buckets" / "b" / run / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    """Returns what a run's metrics in the bucket are by now."""
+    path = self.folder / "buckets" / "b" / run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +112,12 @@ def wait(condition) -> None:
 
 WHERE = ["--project=p", "--zone=us-east5-a"]
 ON_DEMAND = {"SPOT": "0", "TYPE": "v5litepod-8"}
-SLICES = {"SLICES": "2", "TYPE": "v5litepod-16", "VALID_FOR": "6h", "BUCKET": "gs://b"}
+SLICES: dict[str, Any] = {
+  "SLICES": "2",
+  "TYPE": "v5litepod-16",
+  "VALID_FOR": "6h",
+  "BUCKET": "gs://b",
+}
 
 
 def test_shellcheck_finds_nothing():
@@ -165,7 +172,8 @@ def test_dry_run_prints_what_a_run_calls(cloud: Cloud, settings):
   assert cloud.run("--dry-run", *verbs[0], gcloud=False, **settings)  # needs no gcloud
   for verb in verbs:
     cloud.run(*verb, **settings)
-    wait(lambda: verb[0] != "run" or results.exists())  # noqa: B023
+    if verb[0] == "run":
+      wait(results.exists)
   # A worker calls gcloud, too, for its data and results.
   reads = ("describe", "cp", "ls")
   made = [c for c in cloud.calls() if not set(reads) & set(c) and not c[-1].startswith("gs://")]
@@ -271,7 +279,7 @@ def test_flags_reach_every_worker_as_they_were_typed(cloud: Cloud):
   cloud.world(workers=2)
   flags = ["--config=configs/tiny.py", '--text=it\'s "my" $HOME; a  b\n*', "--steps=1"]
   for verb in (["create"], ["setup"], ["run", *flags]):
-    cloud.run(*verb, **SLICES | {"BUCKET": "gs://b/folder"})
+    cloud.run(*verb, **settings)
   for node in ("treepo-0", "treepo-1"):
     for worker in (0, 1):
       log = cloud.vm(node, worker) / "runs" / ".treepo" / "log.txt"
@@ -311,7 +319,7 @@ def test_keep_goes_on_after_preemptions_and_deletes_at_the_end(cloud: Cloud):
 
 def test_a_run_that_is_stopped_is_saved_and_goes_on(cloud: Cloud):
   flags = ["--config=c", "--steps=8"]
-  settings = {"BUCKET": "gs://b", "SYNC_SECONDS": "600"}
+  settings: dict[str, Any] = {"BUCKET": "gs://b", "SYNC_SECONDS": "600"}
   for verb in (["create"], ["setup"], ["run", *flags]):
     cloud.run(*verb, **settings)
   wait(lambda: (cloud.vm() / "runs" / "treepo" / "checkpoints" / "2").exists())
@@ -322,6 +330,48 @@ def test_a_run_that_is_stopped_is_saved_and_goes_on(cloud: Cloud):
   cloud.run("resume", *flags, **settings)
   wait(lambda: len(cloud.metrics()) == 8)
   assert cloud.metrics()[-1]["began"] == steps
+
+
+@pytest.mark.parametrize(
+  "said, status, expected",
+  [
+    (["running", "running"], 0, "running"),
+    (["running", "ended 0"], 0, "running"),  # workers do not end in the same second
+    (["ended 0", "ended 0"], 0, "done"),
+    (["ended 0", "ended 2"], 0, "failed 2"),
+    (["ended 137"], 0, "failed 137"),
+    (["ended 143", "running"], 0, "interrupted"),
+    (["killed", "running"], 0, "interrupted"),
+    (["none"], 0, "interrupted"),
+    (["running"], 1, "interrupted"),  # a worker that was replaced has no script yet
+    (["stopped", "ended 143"], 0, "stopped"),
+    ([], 1, "unreachable"),
+  ],
+)
+def test_progress_of_several_workers(cloud: Cloud, said, status, expected):
+  script = """
+    set -euo pipefail
+    source "$0/keep.sh"; ERRORS="$1" STATUS="$2"; shift 2
+    on_worker() { echo; }
+    on_workers() { printf 'treepo run: %s\n' "$@"; return "$STATUS"; }
+    progress
+  """
+  script = script.replace('"$@"', " ".join(map(shlex.quote, said)))
+  script = script if said else script.replace("printf 'treepo run: %s\n' ;", "")
+  words = ["bash", "-c", script, ROOT / "tpu_scripts", cloud.folder / "errors", str(status)]
+  done = subprocess.run(words, capture_output=True, text=True)
+  assert done.stdout == f"{expected}\n", done.stderr
+
+
+def test_resume_makes_a_suspended_request_anew(cloud: Cloud):
+  cloud.world(vms={"treepo": ["PREEMPTED"]}, queued={"treepo": ["SUSPENDED"]})
+  settings: dict[str, Any] = {"QUEUED": "1", "BUCKET": "gs://b"}
+  assert "BUCKET" in cloud.run("resume", "--config=c", status=2, QUEUED="1")
+  cloud.run("resume", "--config=c", "--steps=1", **settings)
+  made = [c[2:5] for c in cloud.calls("compute") if c[3] in ("create", "delete")]
+  kind = "queued-resources"
+  assert made == [[kind, "delete", "treepo"], [kind, "create", "treepo"]]
+  wait(lambda: len(cloud.metrics()) == 1)
 
 
 def test_half_a_copy_is_not_restored(cloud: Cloud):
