@@ -87,8 +87,9 @@ save() {
     say "the workdir was not copied to $BUCKET/$RUN this time"
 }
 
-# Copies the workdir to BUCKET/RUN. A checkpoint counts there only with its mark, which is set when
-# it and the metrics up to it are complete: what a preemption cuts short is never restored.
+# Copies the workdir with its newest checkpoint to BUCKET/RUN. A checkpoint counts there only with
+# its mark, which is set when it and the metrics up to it are complete: what a preemption cuts short
+# is never restored.
 push() {
   case "$STORE" in
     none) return ;;
@@ -99,26 +100,30 @@ push() {
       return
       ;;
   esac
-  local path step fresh=""
-  for path in "$WORKDIR"/checkpoints/*/; do
-    step="$(basename "$path")"
-    if [[ ! "$step" =~ ^[0-9]+$ || -e "$CONTROL/uploaded/$step" ]]; then continue; fi
+  local newest="" still="$CONTROL/still" path step
+  if [[ -d "$WORKDIR/checkpoints" ]]; then
+    newest="$(find "$WORKDIR/checkpoints" -maxdepth 1 -regex '.*/[0-9]+' -printf '%f\n' |
+      sort -n | tail -n 1)"
+  fi
+  if [[ -n "$newest" && ! -e "$CONTROL/uploaded/$newest" ]]; then
+    # Hard links, because the run may drop the checkpoint while it is copied.
+    rm -rf "$still"
+    cp -al "$WORKDIR/checkpoints/$newest" "$still"
     gcloud storage rsync --recursive --delete-unmatched-destination-objects \
-      "$path" "$BUCKET/$RUN/checkpoints/$step"
-    fresh+=" $step"
-  done
+      "$still" "$BUCKET/$RUN/checkpoints/$newest"
+    rm -rf "$still"
+  fi
   if [[ -d "$WORKDIR" ]]; then
     gcloud storage rsync --recursive --exclude='checkpoints/.*|.*\.part$' "$WORKDIR" "$BUCKET/$RUN"
   fi
   gcloud storage cp "$CONTROL/log.txt" "$BUCKET/$RUN/logs/$(hostname).txt"
-  for step in $fresh; do
-    date -u > "$CONTROL/mark"
-    gcloud storage cp "$CONTROL/mark" "$BUCKET/$RUN/uploaded/$step"
-    touch "$CONTROL/uploaded/$step"
-  done
-  for path in "$CONTROL"/uploaded/*; do # checkpoints that the run has dropped
+  if [[ -z "$newest" || -e "$CONTROL/uploaded/$newest" ]]; then return; fi
+  date -u > "$CONTROL/mark"
+  gcloud storage cp "$CONTROL/mark" "$BUCKET/$RUN/uploaded/$newest"
+  touch "$CONTROL/uploaded/$newest"
+  for path in "$CONTROL"/uploaded/*; do # those that the run has dropped, now that there is a newer
     step="$(basename "$path")"
-    if [[ ! -e "$path" || -d "$WORKDIR/checkpoints/$step" ]]; then continue; fi
+    if [[ -d "$WORKDIR/checkpoints/$step" || "$step" == "$newest" ]]; then continue; fi
     gcloud storage rm "$BUCKET/$RUN/uploaded/$step"
     gcloud storage rm --recursive "$BUCKET/$RUN/checkpoints/$step"
     rm "$path"
