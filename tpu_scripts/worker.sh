@@ -65,6 +65,8 @@ start() {
 # Runs the program to its end and copies its workdir meanwhile.
 work() {
   local program status=0 next=$((SECONDS + SYNC_SECONDS))
+  # Several workers are one run: each finds the others by what the TPU VM says.
+  if [[ "$STORE" == mount ]]; then set -- "$@" --coordinator=auto; fi
   trap : TERM INT # the program gets them, too: it saves and ends, then the last copy is made
   .venv/bin/python -m treepo_jax.main "$@" --workdir="$WORKDIR" &
   program=$!

@@ -286,8 +286,9 @@ def test_flags_reach_every_worker_as_they_were_typed(cloud: Cloud):
       log = cloud.vm(node, worker) / "runs" / ".treepo" / "log.txt"
       wait(lambda log=log: log.exists() and "FLAGS" in log.read_text())
       line = next(x for x in log.read_text().splitlines() if x.startswith("FLAGS"))
-      # Several workers write one workdir, in the mounted bucket.
-      assert json.loads(line[6:]) == [*flags, "--workdir=runs/.bucket/folder/treepo"]
+      # Several workers are one run and write one workdir, in the mounted bucket.
+      added = ["--coordinator=auto", "--workdir=runs/.bucket/folder/treepo"]
+      assert json.loads(line[6:]) == [*flags, *added]
   wait(lambda: (cloud.folder / "buckets" / "b" / "folder" / "treepo" / "metrics.jsonl").exists())
 
 
