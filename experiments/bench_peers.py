@@ -124,7 +124,7 @@ class Worker:
     """Grows the trees, all of whose answers are whole."""
     self.key, key = jax.random.split(self.key)
     tree, cost = grow.grow(
-      update.weights(self.state, self.config),
+      update.weights(self.state, self.config, self.mesh),
       key,
       self.prompts,
       graph=self.graph,

@@ -14,6 +14,7 @@ ORDER = (
   "model.mesh",
   "model.attention",
   "model.transformer",
+  "model.known",
   "model.hf_config",
   "model.weights",
   "tasks.arithmetic",
@@ -52,6 +53,10 @@ ORDER = (
   "run.records",
   "run.evaluate",
   "run.train",
+  "run.topology",
+  "run.hlo",
+  "run.cost",
+  "run.plan",
   "main",
 )
 

@@ -185,6 +185,13 @@ def default() -> ml_collections.ConfigDict:
   c.train.keep = 2  # checkpoints kept
   c.train.trees_every = 10  # steps between written trees; step 0 and the last are always written
 
+  c.plan = ml_collections.ConfigDict()  # what --mode=plan takes for granted
+  c.plan.response = (
+    0  # tokens of an answer on average; 0: 0.4 of the longest, as in the paper's run
+  )
+  c.plan.saving = 0.2  # of the tokens of all answers, those that others share
+  c.plan.price = 0.0  # of a chip-hour, in your currency; 0: no cost is told
+
   c.eval = ml_collections.ConfigDict()
   c.eval.prompts = 1024  # held-out prompts
   c.eval.samples = 1  # answers a prompt
@@ -298,6 +305,10 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
       raise UserError(f"config.{key} = {_value(c, key)}: must be in [0, 1)")
   if not 0 <= c.train.final_rate <= 1:
     raise UserError(f"config.train.final_rate = {c.train.final_rate}: must be in [0, 1]")
+  for key in ("plan.response", "plan.saving", "plan.price"):
+    _at_least(c, key, 0)
+  if c.plan.saving >= 1:
+    raise UserError(f"config.plan.saving = {c.plan.saving}: must be below 1")
   _positive(c, "eval.prompts", "eval.samples")
   for key in ("eval.every", "eval.temperature"):
     _at_least(c, key, 0)

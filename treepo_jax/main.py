@@ -9,12 +9,25 @@ from ml_collections import config_flags
 
 from treepo_jax import config as config_lib
 
-MODES = ("train", "rollout", "evaluate", "export")
+# --mode=plan, set before jax is imported: the host computes on its CPU, and libtpu looks for no
+# TPU, no metadata server and no lock of another process that describes a topology at once.
+NO_TPU = {
+  "JAX_PLATFORMS": "cpu",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_WORKER_ID": "0",
+  "TPU_LOG_DIR": "disabled",
+}
+
+MODES = ("train", "rollout", "evaluate", "export", "plan")
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "a file of configs/; --config.KEY=VALUE overrides a key", lock_config=True
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of everything that the run writes")
 MODE = flags.DEFINE_enum("mode", "train", MODES, "what to do")
+TOPOLOGY = flags.DEFINE_string("topology", None, "--mode=plan: the TPUs, like v5e:2x4, v5p:2x2x4")
 OUTPUT = flags.DEFINE_string("output", None, "--mode=export: the Hugging Face directory to write")
 
 
@@ -33,6 +46,9 @@ def main(argv: list[str]) -> None:
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "treepo_jax"))
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+  if MODE.value == "plan":
+    _plan(config, workdir)
+    return
   from treepo_jax.model import mesh  # jax is imported here, after the flags are known to be good
   from treepo_jax.run import evaluate, train
 
@@ -48,6 +64,16 @@ def main(argv: list[str]) -> None:
     raise config_lib.UserError("--mode=export needs --output=DIR, the directory to write")
   else:
     train.export(config, workdir, Path(OUTPUT.value))
+
+
+def _plan(config, workdir: Path) -> None:
+  """Compiles for TPUs that are not there; jax must not look for those that are."""
+  if TOPOLOGY.value is None:
+    raise config_lib.UserError("--mode=plan needs --topology=NAME, like v5e:2x4 or v5p:2x2x4")
+  os.environ.update(NO_TPU)
+  from treepo_jax.run import plan
+
+  plan.run(config, TOPOLOGY.value, workdir)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -81,7 +81,7 @@ def test_only_the_adapters_move_and_the_loss_falls():
   assert all(np.abs(adapter["b"]).max() > 0 for adapter in state.params.values())
   _, first = steps(config, 1)
   assert float(metrics["loss/policy"]) < float(first["loss/policy"])
-  changed = update.weights(state, config)["blocks"]["gate"]["kernel"]
+  changed = update.weights(state, config, mesh_lib.single())["blocks"]["gate"]["kernel"]
   assert not np.array_equal(changed, PARAMS["blocks"]["gate"]["kernel"])
 
 

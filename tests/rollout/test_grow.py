@@ -391,7 +391,7 @@ def test_a_second_call_compiles_nothing(caplog):
 
 
 def test_the_state_is_donated():
-  shape = grow._fit(settings(), len(prompts()), one_device())
+  shape = grow.fit(settings(), len(prompts()), one_device())
   graph, params = policy()
   usual()
   calls = programs.build(graph, jnp.dtype("float32"), shape, len(prompts()), one_device())

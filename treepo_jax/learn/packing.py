@@ -76,7 +76,16 @@ class Batch:
 def abstract(rows: int, config) -> Batch:
   """Returns the shapes of a packed batch of so many rows."""
   per_row = ("divisor", "tokens_trained", "tokens_path")
-  whole = ("tokens", "positions", "end", "previous", "node", "depth", "tokens_trained", "tokens_path")
+  whole = (
+    "tokens",
+    "positions",
+    "end",
+    "previous",
+    "node",
+    "depth",
+    "tokens_trained",
+    "tokens_path",
+  )
 
   def shape(name: str) -> jax.ShapeDtypeStruct:
     size = (rows,) if name in per_row else (rows, config.learn.row_length)

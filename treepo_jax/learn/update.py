@@ -108,9 +108,24 @@ def cast(params: Any, dtype) -> Any:
   return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-def weights(state: State, config) -> Any:
-  """Returns the policy's whole weights in config.model.dtype, adapters added."""
-  return _whole(state.params, state.base, config)
+def weights(state: State, config, mesh: Mesh) -> Any:
+  """Returns the policy's whole weights in config.model.dtype, adapters added, laid out to roll out.
+
+  One program casts and sends them: no device holds more than its own part at any time.
+  """
+  return transfer(config, mesh)(state.params, state.base)
+
+
+@functools.lru_cache
+def transfer(config, mesh: Mesh) -> jax.stages.Wrapped:
+  """Returns the jitted (State.params, State.base) -> weights split over "tensor" alone."""
+
+  def move(params: Any, base: Any) -> Any:
+    whole = _whole(params, base, config)
+    layout = mesh_lib.shardings(whole, mesh, over=("tensor",))
+    return jax.lax.with_sharding_constraint(whole, layout)
+
+  return jax.jit(move)
 
 
 def step(
@@ -144,9 +159,21 @@ def step(
   return dataclasses.replace(state, step=_next(state.step)), _summary(measured)
 
 
+def abstract_batch(batch: Batch, config, mesh: Mesh) -> Batch:
+  """Returns the shapes and the layout of what `place` makes of such a batch."""
+  rows, sharding = config.learn.micro_rows, _split(mesh)
+  cut = lambda x: (x.shape[0] // rows, rows, *x.shape[1:])
+  put = lambda x: jax.ShapeDtypeStruct(cut(x), x.dtype, sharding=sharding)
+  return jax.tree.map(put, batch)
+
+
+def _split(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec(None, mesh_lib.BATCH_AXES))
+
+
 def place(batch: Batch, config, mesh: Mesh) -> Batch:
   """Returns the batch as micro-batches [K, R, ...] on the devices; each host sends its own rows."""
-  sharding = NamedSharding(mesh, PartitionSpec(None, mesh_lib.BATCH_AXES))
+  sharding = _split(mesh)
 
   def put(x):
     x = x.reshape(-1, config.learn.micro_rows, *x.shape[1:])

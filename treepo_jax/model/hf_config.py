@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from treepo_jax.config import UserError
+from treepo_jax.model.known import KNOWN
 from treepo_jax.model.transformer import Architecture, RopeScaling
 
 CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -30,6 +31,13 @@ ASSUMED = {
 FIXED = ("hidden_act", "mlp_bias", "quantization_config")
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def find(path: str | Path) -> Architecture:
+  """Returns the architecture of a directory, or else of a published model by its hub name."""
+  if not Path(path).is_dir() and str(path) in KNOWN:
+    return parse(KNOWN[str(path)], Path(path))
+  return read(path)
 
 
 def read(path: str | Path) -> Architecture:

@@ -6,13 +6,17 @@ a rollout, which every step reads whole, over tensor alone.
 """
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from treepo_jax.config import UserError
 
+AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 WEIGHT_AXES = ("fsdp", "tensor")
 
@@ -51,25 +55,37 @@ def split_host(config) -> None:
   jax.config.update("jax_num_cpu_devices", count)
 
 
-def create(config) -> Mesh:
-  """Returns the mesh of config.mesh over all devices; raises UserError where they do not divide."""
-  devices = jax.device_count()
+def create(config, devices: Sequence[Any] | None = None) -> Mesh:
+  """Returns the mesh of config.mesh over all devices; raises UserError where they do not divide.
+
+  devices: others than those that are there, to compile for.
+  """
+  devices = jax.devices() if devices is None else devices
   fsdp, tensor, data = config.mesh.fsdp, config.mesh.tensor, config.mesh.data
   if data == -1:
-    data = max(devices // (fsdp * tensor), 1)
-  if data * fsdp * tensor != devices:
+    data = max(len(devices) // (fsdp * tensor), 1)
+  if data * fsdp * tensor != len(devices):
     raise UserError(
-      f"config.mesh: data {data} x fsdp {fsdp} x tensor {tensor} = {data * fsdp * tensor}, "
-      f"but there are {devices} devices; set mesh.data to -1 or let the product be {devices}"
+      f"config.mesh: data {data} x fsdp {fsdp} x tensor {tensor} = {data * fsdp * tensor}, but "
+      f"there are {len(devices)} devices; set mesh.data to -1 or let the product be {len(devices)}"
     )
-  axes = ("data", "fsdp", "tensor")
-  return jax.make_mesh((data, fsdp, tensor), axes, axis_types=(AxisType.Auto,) * 3)
+  shape = (data, fsdp, tensor)
+  # Axes may share an axis of the wires: 4 x 2 of a TPU's 8 in a row.
+  ordered = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def along_data(devices: Sequence[Any], tensor: int) -> Mesh:
+  """Returns the mesh of a rollout on one host's devices: all shards along "data"."""
+  shape = (len(devices) // tensor, 1, tensor)
+  ordered = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def single() -> Mesh:
   """Returns a mesh of the first device alone."""
   device = np.asarray(jax.devices()[:1]).reshape(1, 1, 1)
-  return Mesh(device, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+  return Mesh(device, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def shards(mesh: Mesh) -> int:

@@ -209,7 +209,9 @@ def abstract(arch: Architecture, dtype=jnp.float32) -> tuple[nnx.GraphDef, dict]
 
 def architecture(graph: nnx.GraphDef) -> Architecture:
   """Returns the architecture that the graph was made of."""
-  return next(x.value for name, x in graph.attributes if name == "arch")
+  return next(
+    x.value for name, x in graph.attributes if name == "arch" and isinstance(x, nnx.graph.Static)
+  )
 
 
 def hidden(

@@ -152,7 +152,7 @@ def grow(
   if shape.judged and judge is None:
     raise ValueError("rollout.prune = 'reward' and rollout.fallback = 'disagree' need a judge")
   count = -(-len(prompts) // mesh_lib.shards(mesh))  # prompts a shard
-  shape = _fit(shape, count, mesh)
+  shape = fit(shape, count, mesh)
   calls = programs.build(graph, params["embed"].dtype, shape, count, mesh)
   params = jax.device_put(params, mesh_lib.shardings(params, mesh, over=("tensor",)))
   table = jax.device_put(table, mesh_lib.replicated(mesh))
@@ -197,7 +197,7 @@ def _judged(tree: tree_lib.Tree, reward: np.ndarray, seen: np.ndarray, judge: Ju
   return flat.reshape(reward.shape)
 
 
-def _fit(shape: Settings, prompts: int, mesh: Mesh) -> Settings:
+def fit(shape: Settings, prompts: int, mesh: Mesh) -> Settings:
   """Returns the settings with no more groups and pages than `prompts` of a shard can use."""
   groups = min(shape.groups, prompts * -(-shape.width // shape.group))
   pages = min(shape.pages or shape.pages_of_tree * prompts, shape.pages_of_tree * prompts)

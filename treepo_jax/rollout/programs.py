@@ -34,8 +34,8 @@ class Programs:
   """The jitted functions of a rollout; those that take the growth donate it.
 
   Attributes:
-    growth, segment: what they work on, shapes with their layout.
-    start: (tokens, length, identity, real) -> (growth, a segment that holds nothing).
+    asked, growth, segment: what they work on, shapes with their layout.
+    start: (tokens, length, identity, real) = asked -> (growth, a segment that holds nothing).
     unstack: params -> weights by layer.
     merge: (tree, twin) -> tree without twins.
     take, plan: advance in two halves, for what must be rewarded between them.
@@ -44,6 +44,7 @@ class Programs:
     decode: (growth, params, layers, table, key, groups, shared) -> (growth, segment).
   """
 
+  asked: tuple
   growth: Growth
   segment: segment_lib.Segment
   start: Callable
@@ -67,8 +68,9 @@ def build(
   """
   start = functools.partial(_start, graph=graph, dtype=dtype, shape=shape)
   shards = mesh_lib.shards(mesh)
-  asked = [jax.ShapeDtypeStruct((shards, prompts, shape.prompt_length), jnp.int32)]
-  asked += [jax.ShapeDtypeStruct((shards, prompts), x) for x in (jnp.int32, jnp.uint32, jnp.bool)]
+  sizes = [((shards, prompts, shape.prompt_length), jnp.int32)]
+  sizes += [((shards, prompts), x) for x in (jnp.int32, jnp.uint32, jnp.bool)]
+  asked = _lie(tuple(jax.ShapeDtypeStruct(*size) for size in sizes), mesh)
   growth, segment = _lie(jax.eval_shape(start, *asked), mesh)
   place = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
   numbers = NamedSharding(mesh, PartitionSpec(mesh_lib.BATCH_AXES))
@@ -102,6 +104,7 @@ def build(
 
   planned = place(growth), numbers
   return Programs(
+    asked=asked,
     growth=growth,
     segment=segment,
     start=jax.jit(start, out_shardings=place((growth, segment))),

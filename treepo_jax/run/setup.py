@@ -27,6 +27,7 @@ CONTINUES = (
   "train.trees_every",
   "eval.",
   "mesh.",
+  "plan.",
 )
 
 

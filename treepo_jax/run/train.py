@@ -60,7 +60,7 @@ def run(config, workdir: Path) -> dict | None:
     for step in range(start, config.train.steps):
       begun = time.perf_counter()
       metrics = {}
-      params = update.weights(state, config)
+      params = update.weights(state, config, policy.mesh)
       if step == 0 or (config.eval.every and step % config.eval.every == 0):
         metrics["eval/accuracy"] = evaluate.accuracy(params, heldout, policy=policy, config=config)
       evaluated = time.perf_counter()
@@ -79,7 +79,7 @@ def run(config, workdir: Path) -> dict | None:
         checkpoints.close()
         raise SystemExit(128 + stop.asked)
     begun = time.perf_counter()
-    params = update.weights(state, config)
+    params = update.weights(state, config, policy.mesh)
     after = evaluate.accuracy(params, heldout, policy=policy, config=config)
     writer.write(
       config.train.steps, {"eval/accuracy": after, "time/evaluate": time.perf_counter() - begun}
@@ -265,7 +265,7 @@ def export(config, workdir: Path, output: Path) -> None:
     raise UserError(f"{checkpoints.path} holds no checkpoint: train with this --workdir first")
   state, _ = checkpoints.restore(update.create(policy.params, config, policy.mesh))
   checkpoints.close()
-  params = update.weights(state, config)
+  params = update.weights(state, config, policy.mesh)
   weights.save(output, policy.arch, params, source=config.model.path)
   print(f"weights after {int(state.step)} steps: {output}")
 
