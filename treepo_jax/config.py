@@ -49,11 +49,23 @@ def default() -> ml_collections.ConfigDict:
   c.mesh.cpu_devices = 0  # without an accelerator: devices the CPU is taken as; 0: about one a core
 
   c.data = ml_collections.ConfigDict()
-  c.data.path = ""  # a JSONL file of prompts; "": the embedded arithmetic task
-  c.data.eval_path = ""  # held-out JSONL file; needed where data.path is given
+  # What to train on, [NAME=]WHERE[#READER]: a JSONL or Parquet file, tfds:NAME@SPLIT,
+  # module:function or "arithmetic", the embedded task (tasks/sources.py); several, parted by
+  # commas, are mixed. "": "arithmetic"
+  c.data.path = ""
+  c.data.weights = ()  # share of each of several; (): as many as each has
+  c.data.eval_path = ""  # held-out sets, named alike; several need a NAME each; needed with path
+  c.data.root = ""  # folder that files are looked for below, and TFDS data sets in
+  # What makes a question of a row where no #READER does: "plain" | "gsm8k" | "math" | "aime" |
+  # "amc" | "minerva" | "olympiadbench" | "svamp" | "countdown" | module:function (tasks/readers.py)
+  c.data.reader = "plain"
+  # Training questions that are held out too: "report" | "drop" them from training | "error"
+  c.data.leakage = "report"
   c.data.levels = (3, 4, 5)  # arithmetic: operations a problem
   c.data.overlong = "error"  # a prompt beyond rollout.prompt_length: "error" | "drop"
-  c.data.template = "plain"  # "plain": the text and a newline | "chat": the chat template
+  # "plain": the text and a newline | "boxed": and the instruction to reason and to box the answer |
+  # "chat": the chat template | "treepo": with that instruction as the system's turn
+  c.data.template = "plain"
 
   c.rollout = ml_collections.ConfigDict()
   c.rollout.prompts = 16  # prompts a step
@@ -238,6 +250,11 @@ def _value(c, key: str) -> Any:
 
 def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
   """Returns the config frozen; raises UserError naming a wrong key and what is allowed."""
+  if not c.model.path:
+    raise UserError(
+      "config.model.path is empty: give a Hugging Face directory with config.json, *.safetensors "
+      "and tokenizer, --config.model.path=DIR"
+    )
   _one_of(c, "model.dtype", ("float32", "bfloat16"))
   _one_of(c, "model.remat", ("none", "dots", "layer"))
   for axis in ("fsdp", "tensor"):
@@ -246,9 +263,14 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
     _positive(c, "mesh.data")
   _at_least(c, "mesh.cpu_devices", 0)
   _one_of(c, "data.overlong", ("error", "drop"))
-  _one_of(c, "data.template", ("plain", "chat"))
-  if bool(c.data.path) != bool(c.data.eval_path):
-    raise UserError("config.data.path, config.data.eval_path: give both files or neither")
+  _one_of(c, "data.template", ("plain", "boxed", "chat", "treepo"))
+  _one_of(c, "data.leakage", ("report", "drop", "error"))
+  if c.data.path and not c.data.eval_path:
+    raise UserError(
+      f"config.data.path = {c.data.path!r} needs config.data.eval_path: name a held-out set too"
+    )
+  if not all(isinstance(w, int | float) and w > 0 for w in c.data.weights):
+    raise UserError(f"config.data.weights = {c.data.weights}: must be numbers above 0")
   if not c.data.path and not (c.data.levels and set(c.data.levels) <= set(range(1, 9))):
     raise UserError(f"config.data.levels = {c.data.levels}: operation counts from 1 to 8")
 

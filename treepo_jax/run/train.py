@@ -27,6 +27,7 @@ SUMMED = (
   "rollout/pruned",
   "rollout/dropped",
   "reward/grader_errors",
+  "data/overlong",
   "time/rollout",
   "time/reward",
 )  # the other figures of a step's rounds are averaged
@@ -37,7 +38,7 @@ def run(config, workdir: Path) -> dict | None:
   setup.claim(workdir, config)
   policy = setup.load(config)
   heldout = data.heldout(config, policy.text).prompts
-  source = data.source(config, split="train")
+  source = data.source(config)
   state = update.create(policy.params, config, policy.mesh)
   policy = dataclasses.replace(policy, params={})  # the state holds them
   checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
@@ -140,6 +141,7 @@ def _rollouts(params, position: int, step: int, source, policy: setup.Setup, con
     position = batch.position
     key = setup.key(config, step, turn)
     rollouts.append(_rollout(params, key, batch.prompts, policy, config, step))
+    rollouts[-1].metrics["data/overlong"] = float(batch.dropped)
     mixed += sum(map(_mixed, rollouts[-1].correct))
     if not config.train.dynamic_sampling or mixed >= config.rollout.prompts:
       break
@@ -274,7 +276,7 @@ def rollout(config, workdir: Path) -> dict:
   """Grows one batch of trees with the weights of config.model.path, scores and writes them."""
   setup.claim(workdir, config)
   policy = setup.load(config)
-  source = data.source(config, split="train")
+  source = data.source(config)
   batch = data.take(source, policy.text, start=0, count=config.rollout.prompts, config=config)
   key = setup.key(config, 0, 0)
   made = _rollout(policy.params, key, batch.prompts, policy, config)

@@ -1,33 +1,25 @@
-"""Prompts in order, from the embedded task or a JSONL file, with a position that can be saved.
+r"""Prompts in order, from one source or a mix of several, with a position that can be saved.
 
-A source is read by position, a pure function of (config, split, position): a run that saves the
-position after each batch continues with exactly the prompts that it would have seen.
+Everything is a pure function of (config, split, position): a run that saves the position after each
+batch continues with exactly the prompts that it would have seen, and several hosts that save the
+same position each take their part of the same batch.
 """
 
 import dataclasses
-import functools
 import hashlib
-import json
-from collections.abc import Callable
-from pathlib import Path
+import re
+from collections.abc import Sequence
 
-import numpy as np
+from absl import logging
 
 from treepo_jax.config import UserError
-from treepo_jax.tasks import arithmetic
+from treepo_jax.tasks import mixing, sources
 from treepo_jax.tasks import text as text_lib
+from treepo_jax.tasks.readers import Question
+from treepo_jax.tasks.sources import Source
 
-QUESTION_KEYS = ("prompt", "question", "problem")
-HELDOUT_SEED = 0  # held-out problems do not change with config.seed
-PATIENCE = 10_000  # questions in a row that may be unfit before an endless source is given up
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-  """What is asked and what counts as right."""
-
-  text: str
-  gold: str
+PATIENCE = 10_000  # questions in a row that may be unfit before a source is given up
+SPACING = re.compile(r"\s|~|\\[,;:!> ]|\\q?quad(?![a-z])")  # of texts in lower case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,32 +27,24 @@ class Prompt:
   """A question as the policy sees it.
 
   Attributes:
-    id: u32 identity of the question: the same wherever and whenever it is asked.
+    id: u32 identity of the question: the same wherever and whenever it is asked, so questions of
+      two sets with one text share it.
     tokens: the prompt after the template, at most config.rollout.prompt_length.
+    gold: the right answer, as `grader`, one of readers.GRADERS, reads it.
+    dataset: name of the set that it is of, "" where the set has none.
   """
 
   id: int
   text: str
   tokens: list[int]
   gold: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """Questions by position.
-
-  Attributes:
-    read: position -> question, for every position >= 0.
-    size: number of distinct questions; None where there is no end of them.
-  """
-
-  read: Callable[[int], Question]
-  size: int | None
+  grader: str = "math"
+  dataset: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """Prompts of a step, no question twice.
+  """Prompts of a step, no question twice within a set.
 
   Attributes:
     position: where the next batch begins.
@@ -72,27 +56,28 @@ class Batch:
   dropped: int
 
 
-def source(config, *, split: str) -> Source:
-  """Returns the questions of a split: "train" ordered by config.seed, "heldout" fixed.
+def source(config) -> Source:
+  """Returns the training questions in an order of config.seed.
 
-  A JSONL file's training rows are shuffled anew each epoch. Raises UserError naming file and line.
+  Each set is shuffled anew each of its epochs; several are mixed by config.data.weights; questions
+  that are held out too are treated as config.data.leakage says. Raises UserError naming file and
+  line of a row that cannot be used.
   """
-  if split not in arithmetic.SPLITS:
-    raise ValueError(f"split is {split!r}; allowed: {', '.join(arithmetic.SPLITS)}")
-  train = split == "train"
-  if not config.data.path:
-    levels, seed = tuple(config.data.levels), config.seed if train else HELDOUT_SEED
-    return Source(read=functools.partial(_ask, seed, split, levels), size=None)
-  questions = read_jsonl(config.data.path if train else config.data.eval_path)
-  order = functools.lru_cache(maxsize=2)(
-    functools.partial(_order, config.seed, len(questions), train)
+  if config.data.eval_path and not config.data.path:
+    raise UserError(
+      "config.data.path is empty, but config.data.eval_path is not: name what to train on, "
+      f"{sources.EMBEDDED!r} for the embedded task"
+    )
+  specs = sources.parse(
+    config.data.path or sources.EMBEDDED, "config.data.path", config.data.reader
   )
-
-  def read(position: int) -> Question:
-    epoch, i = divmod(position, len(questions))
-    return questions[order(epoch)[i]]
-
-  return Source(read=read, size=len(questions))
+  parts = [sources.load(spec, split="train", config=config) for spec in specs]
+  if any(part.size is not None for part in parts):
+    parts = _checked(parts, _heldout_sets(config), config.data.leakage)
+  parts = [sources.shuffled(part, seed=config.seed, index=i) for i, part in enumerate(parts)]
+  if len(parts) == 1:
+    return parts[0]
+  return mixing.mix(parts, weights=config.data.weights, seed=config.seed)
 
 
 def take(source: Source, text: text_lib.Text, *, start: int, count: int, config) -> Batch:
@@ -112,7 +97,7 @@ def take(source: Source, text: text_lib.Text, *, start: int, count: int, config)
       prompts[prompt.id], unfit = prompt, 0
       continue
     unfit += 1
-    if unfit > (2 * source.size if source.size else PATIENCE):
+    if unfit > max(PATIENCE, 2 * (source.size or 0)):
       raise UserError(
         f"{count} different prompts are needed, but only {len(prompts)} fit "
         f"config.rollout.prompt_length = {config.rollout.prompt_length}: raise it or ask for fewer "
@@ -121,17 +106,27 @@ def take(source: Source, text: text_lib.Text, *, start: int, count: int, config)
   return Batch(list(prompts.values()), position, dropped)
 
 
+def shard(batch: Batch, host: int, hosts: int) -> Batch:
+  """Returns a host's part of a batch that every host has read.
+
+  Parts follow each other in the order of hosts and differ by at most one prompt. The position is
+  the whole batch's, the same on every host.
+  """
+  if not 0 <= host < hosts:
+    raise ValueError(f"host is {host}; allowed: 0 to {hosts - 1}")
+  count = len(batch.prompts)
+  part = batch.prompts[count * host // hosts : count * (host + 1) // hosts]
+  return dataclasses.replace(batch, prompts=part)
+
+
 def heldout(config, text: text_lib.Text) -> Batch:
-  """Returns the fixed held-out prompts, config.eval.prompts of them or all that a file has."""
-  questions = source(config, split="heldout")
-  count = (
-    config.eval.prompts if questions.size is None else min(config.eval.prompts, questions.size)
+  """Returns the fixed held-out prompts, set after set: the first config.eval.prompts of each."""
+  batches = [_first(part, text, config) for part in _heldout_sets(config)]
+  return Batch(
+    prompts=[prompt for batch in batches for prompt in batch.prompts],
+    position=sum(batch.position for batch in batches),
+    dropped=sum(batch.dropped for batch in batches),
   )
-  if questions.size is None or config.data.overlong == "error":
-    return take(questions, text, start=0, count=count, config=config)
-  prompts = [_prompt(questions.read(i), text, config) for i in range(questions.size)]
-  fitting = [p for p in prompts if len(p.tokens) <= config.rollout.prompt_length]
-  return Batch(fitting[:count], questions.size, len(prompts) - len(fitting))
 
 
 def identity(question: str) -> int:
@@ -139,63 +134,75 @@ def identity(question: str) -> int:
   return int.from_bytes(hashlib.blake2b(question.encode(), digest_size=4).digest(), "little")
 
 
-def read_jsonl(path: str | Path) -> list[Question]:
-  """Reads rows {"prompt" | "question" | "problem": text, "answer": text or number}.
+def fingerprint(question: str) -> bytes:
+  """Returns what questions share that differ in case, white space and LaTeX spacing alone."""
+  return hashlib.blake2b(SPACING.sub("", question.lower()).encode(), digest_size=16).digest()
 
-  Equal rows count once. Of an answer with `####` (GSM8K) what follows the last one is the gold
-  answer. Raises UserError naming the file and line of a row that cannot be used.
-  """
-  path = Path(path)
-  if not path.is_file():
+
+def _heldout_sets(config) -> list[Source]:
+  """Returns the held-out sets; several need names that differ."""
+  text = config.data.eval_path or sources.EMBEDDED
+  specs = sources.parse(text, "config.data.eval_path", config.data.reader)
+  names = [spec.name for spec in specs]
+  if len(specs) > 1 and ("" in names or len(set(names)) < len(names)):
     raise UserError(
-      f"{path}: no such file; config.data.path and config.data.eval_path name JSONL files"
+      f"config.data.eval_path = {text!r}: give each set a name of its own, such as "
+      "math500=math500/test.jsonl,aime24=aime24/test.jsonl"
     )
-  questions: dict[str, tuple[int, Question]] = {}
-  for line, row in enumerate(path.read_bytes().splitlines(), start=1):
-    if not row.strip():
-      continue
-    try:
-      question = _question(json.loads(row))
-    except ValueError as error:
-      raise UserError(f"{path}, line {line}: {error}") from error
-    first, known = questions.setdefault(question.text, (line, question))
-    if known.gold != question.gold:
-      raise UserError(
-        f"{path}, line {line}: the question of line {first} with another answer; remove one of them"
-      )
+  return [sources.load(spec, split="heldout", config=config) for spec in specs]
+
+
+def _first(part: Source, text: text_lib.Text, config) -> Batch:
+  """Returns the first config.eval.prompts prompts of a held-out set that fit, or all that do."""
+  count = config.eval.prompts if part.size is None else min(config.eval.prompts, part.size)
+  if part.size is None or config.data.overlong == "error":
+    return take(part, text, start=0, count=count, config=config)
+  prompts = [_prompt(part.read(i), text, config) for i in range(part.size)]
+  fitting = [p for p in prompts if len(p.tokens) <= config.rollout.prompt_length]
+  return Batch(fitting[:count], part.size, len(prompts) - len(fitting))
+
+
+def _checked(parts: Sequence[Source], held: Sequence[Source], leakage: str) -> list[Source]:
+  """Returns the training sets, where config.data.leakage is "drop" without what is held out too.
+
+  Sets without end are not compared. Says how many questions are in both and shows the first.
+  """
+  known = {fingerprint(question.text): question for part in held for question in _all(part)}
+  leaked = [
+    [question for question in _all(part) if fingerprint(question.text) in known] for part in parts
+  ]
+  found = [question for questions in leaked for question in questions]
+  if not found:
+    return list(parts)
+  total = sum(part.size for part in parts if part.size is not None)
+  where = known[fingerprint(found[0].text)].dataset
+  message = (
+    f"{len(found)} of {total} training questions are held out too, the first"
+    f"{' in ' + where if where else ''}: {found[0].text[:80]!r}"
+  )
+  if leakage == "error":
+    raise UserError(
+      f"{message}. Set config.data.leakage = 'drop' to train without them, or 'report' to keep them"
+    )
+  if leakage == "report":
+    logging.warning("%s; config.data.leakage = 'drop' leaves them out of training", message)
+    return list(parts)
+  logging.warning("%s; they are left out of training", message)
+  return [_without(part, questions) for part, questions in zip(parts, leaked, strict=True)]
+
+
+def _all(part: Source) -> list[Question]:
+  return [part.read(i) for i in range(part.size or 0)]
+
+
+def _without(part: Source, questions: Sequence[Question]) -> Source:
   if not questions:
-    raise UserError(f"{path}: no rows")
-  return [question for _, question in questions.values()]
-
-
-def _question(row) -> Question:
-  """Returns a JSONL row's question; raises ValueError saying what is wrong with it."""
-  if not isinstance(row, dict):
-    raise ValueError(f"expected an object, got {type(row).__name__}")
-  keys = [key for key in QUESTION_KEYS if key in row]
-  if len(keys) != 1 or "answer" not in row:
-    raise ValueError(
-      f"expected 'answer' and one of {', '.join(QUESTION_KEYS)}; got {', '.join(row) or 'no keys'}"
-    )
-  text, answer = row[keys[0]], row["answer"]
-  if not isinstance(text, str) or not text.strip():
-    raise ValueError(f"{keys[0]!r} must be a text that is not empty")
-  if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-    raise ValueError(f"'answer' must be a text or a number, got {type(answer).__name__}")
-  gold = str(answer).rpartition("####")[2].strip()
-  if not gold:
-    raise ValueError("'answer' is empty")
-  return Question(text=text, gold=gold)
-
-
-def _ask(seed: int, split: str, levels: tuple[int, ...], position: int) -> Question:
-  problem = arithmetic.problem(seed, position, split=split, levels=levels)
-  return Question(text=problem.question, gold=problem.answer)
-
-
-def _order(seed: int, size: int, shuffled: bool, epoch: int) -> np.ndarray:
-  """Returns the order of a file's rows in an epoch."""
-  return np.random.default_rng([seed, epoch]).permutation(size) if shuffled else np.arange(size)
+    return part
+  gone = {question.text for question in questions}
+  left = tuple(question for question in _all(part) if question.text not in gone)
+  if not left:
+    raise UserError("every training question is held out too: config.data.path needs other ones")
+  return sources.listed(left)
 
 
 def _prompt(question: Question, text: text_lib.Text, config) -> Prompt:
@@ -208,4 +215,11 @@ def _prompt(question: Question, text: text_lib.Text, config) -> Prompt:
       f"config.rollout.prompt_length = {limit}: raise it, or set config.data.overlong = 'drop' to "
       "leave such prompts out"
     )
-  return Prompt(id=number, text=question.text, tokens=tokens, gold=question.gold)
+  return Prompt(
+    id=number,
+    text=question.text,
+    tokens=tokens,
+    gold=question.gold,
+    grader=question.grader,
+    dataset=question.dataset,
+  )

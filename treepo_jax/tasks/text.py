@@ -25,6 +25,8 @@ MAX_DEPTH = 8  # braces open at once, the box's own included
 START = 0  # state before the first token of a response
 CLOSED = (MAX_DEPTH + 1) * len(BOX)  # absorbing: the response holds a complete box
 STATES = CLOSED + 1
+TEMPLATES = ("plain", "boxed", "chat", "treepo")  # config.data.template
+INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 # Byte-level BPE (GPT-2's) writes a printable byte as its character and the others from U+0100 on.
@@ -60,23 +62,30 @@ class Text:
     return str(text)
 
   def prompt(self, question: str, template: str) -> list[int]:
-    """Returns the prompt's tokens.
+    """Returns the prompt's tokens under one of TEMPLATES.
 
     "plain": the question and a line break, with the special tokens that the tokenizer itself adds
-    (such as a first <s>); "chat": its chat template with the question as the user's turn. Raises
-    UserError where there is no such template.
+    (such as a first <s>); "boxed": the same with INSTRUCTION as a line of its own. "chat": the chat
+    template with the question as the user's turn; "treepo": the same with INSTRUCTION as the
+    system's turn, as TreePO's evaluation sets have it. Raises UserError where there is no template.
     """
     if template == "plain":
       return self.tokenizer.encode(question + "\n")
-    if template == "chat":
-      if self.tokenizer.chat_template is None:
-        raise UserError(
-          "config.data.template = 'chat', but the tokenizer has no chat template: use 'plain'"
-        )
-      turns = [{"role": "user", "content": question}]
-      text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-      return self.encode(str(text))
-    raise UserError(f"config.data.template = {template!r}: must be one of 'plain', 'chat'")
+    if template == "boxed":
+      return self.tokenizer.encode(f"{question}\n{INSTRUCTION}\n")
+    if template not in TEMPLATES:
+      names = ", ".join(repr(name) for name in TEMPLATES)
+      raise UserError(f"config.data.template = {template!r}: must be one of {names}")
+    if self.tokenizer.chat_template is None:
+      raise UserError(
+        f"config.data.template = {template!r}, but the tokenizer has no chat template: use "
+        "'plain' or 'boxed'"
+      )
+    turns = [{"role": "user", "content": question}]
+    if template == "treepo":
+      turns = [{"role": "system", "content": INSTRUCTION}, *turns]
+    text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return self.encode(str(text))
 
   def automaton(self, vocab_size: int) -> Int8[np.ndarray, "states v"]:
     """Returns the next state for each state and token; ids without text leave the state as it is.
