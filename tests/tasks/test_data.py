@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.tasks import shared
 from treepo_jax import config as config_lib
 from treepo_jax.config import EMBEDDED_POLICY, UserError
 from treepo_jax.tasks import arithmetic, data
@@ -23,8 +24,8 @@ def write(path, rows) -> str:
   return str(path)
 
 
-def take(config, start, count, split="train"):
-  return data.take(data.source(config, split=split), TEXT, start=start, count=count, config=config)
+def take(config, start, count):
+  return data.take(data.source(config), TEXT, start=start, count=count, config=config)
 
 
 def test_position_continues_where_the_batch_ended():
@@ -98,7 +99,7 @@ def jsonl(tmp_path, rows, **changes):
 def test_jsonl_epochs(tmp_path):
   """Each epoch holds every row once, in an order of its own that config.seed decides."""
   config = jsonl(tmp_path, [{"question": f"{i} + 0 = ?", "answer": i} for i in range(8)])
-  source = data.source(config, split="train")
+  source = data.source(config)
   epochs = [[source.read(8 * e + i).gold for i in range(8)] for e in range(3)]
   assert all(sorted(epoch) == [str(i) for i in range(8)] for epoch in epochs)
   assert epochs[0] != epochs[1]
@@ -128,47 +129,166 @@ def test_jsonl_heldout_drops(tmp_path):
   assert len(batch.prompts) + batch.dropped == 11
 
 
-def test_gsm8k_answers(tmp_path):
-  rows = [{"question": "q", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}]
-  assert data.read_jsonl(write(tmp_path / "a.jsonl", rows)) == [data.Question("q", "4")]
+def test_prompts_carry_grader_and_set(tmp_path):
+  assert {p.grader for p in take(make(), 0, 4).prompts} == {"number"}
+  rows = [{"nums": [1, i], "target": 1 + i} for i in range(1, 5)]
+  config = jsonl(tmp_path, rows, **{"data.reader": "countdown", "rollout.prompt_length": 256})
+  assert {(p.grader, p.dataset) for p in take(config, 0, 4).prompts} == {("countdown", "")}
+
+
+def sums(tmp_path, name: str, numbers) -> str:
+  return write(tmp_path / name, [{"question": f"{i} + 0 = ?", "answer": i} for i in numbers])
+
+
+def test_several_heldout_sets(tmp_path):
+  """Each by its name and reader, in order, at most eval.prompts of each; one text may be in two."""
+  sums(tmp_path, "a.jsonl", range(6))
+  sums(tmp_path, "b.jsonl", range(4, 9))
+  write(tmp_path / "c.jsonl", [{"nums": [1, 2], "target": 3}])
+  config = make(
+    **{
+      "data.root": str(tmp_path),
+      "data.path": "arithmetic",
+      "data.eval_path": "a=a.jsonl,b=b.jsonl,c=c.jsonl#countdown",
+      "eval.prompts": 5,
+      "data.overlong": "drop",
+      "rollout.prompt_length": 256,
+    }
+  )
+  prompts = data.heldout(config, TEXT).prompts
+  assert [(p.dataset, p.gold) for p in prompts[:10]] == [
+    *(("a", str(i)) for i in range(5)),
+    *(("b", str(i)) for i in range(4, 9)),
+  ]
+  assert [(p.dataset, p.grader) for p in prompts[10:]] == [("c", "countdown")]
+  assert prompts[4].id == prompts[5].id  # 4 + 0 = ? in both
+  assert prompts[4].tokens == prompts[5].tokens
+
+
+@pytest.mark.parametrize("paths", ["a.jsonl,b=b.jsonl", "a=a.jsonl,a=b.jsonl"])
+def test_several_heldout_sets_need_names(tmp_path, paths):
+  config = make(**{"data.root": str(tmp_path), "data.path": "arithmetic", "data.eval_path": paths})
+  with pytest.raises(UserError, match=r"config\.data\.eval_path = .*a name of its own"):
+    data.heldout(config, TEXT)
+
+
+def test_a_mix_continues_at_its_position(tmp_path):
+  config = make(
+    **{
+      "data.path": f"file={sums(tmp_path, 'a.jsonl', range(50))},made=arithmetic",
+      "data.eval_path": "arithmetic",
+      "data.weights": (3, 1),
+    }
+  )
+  whole = take(config, 0, 40)
+  counts = [sum(p.dataset == name for p in whole.prompts) for name in ("file", "made")]
+  assert counts == [30, 10]
+  first = take(config, 0, 16)
+  second = take(config, first.position, 24)  # a source made anew, as a run that continues does
+  assert first.prompts + second.prompts == whole.prompts
+  other = make(**{"seed": 1, **{k: config.data[k[5:]] for k in ("data.path", "data.eval_path")}})
+  other.data.weights = (3, 1)
+  assert [p.id for p in take(other, 0, 40).prompts] != [p.id for p in whole.prompts]
+
+
+@pytest.mark.parametrize(("count", "hosts"), [(16, 1), (16, 2), (16, 8), (10, 4), (3, 4)])
+def test_hosts_take_their_parts_of_one_batch(count, hosts):
+  batch = take(make(), 0, count)
+  parts = [data.shard(batch, host, hosts) for host in range(hosts)]
+  assert [p for part in parts for p in part.prompts] == batch.prompts
+  assert {part.position for part in parts} == {batch.position}
+  sizes = [len(part.prompts) for part in parts]
+  assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_host_that_is_not_there():
+  with pytest.raises(ValueError, match="host is 2; allowed: 0 to 1"):
+    data.shard(take(make(), 0, 4), 2, 2)
+
+
+def test_fingerprint():
+  """What a copy of a question may differ in; numbers and words count."""
+  text = r"Find $\frac{1}{2} + X$, if $X = 3$."
+  for same in (
+    r"find $\frac{1}{2}\,+\;x$,  if\n$x\quad=\ 3$.",
+    r"Find~$\frac{1}{2} +X$, if $X=3$.",
+  ):
+    assert data.fingerprint(same.replace(r"\n", "\n")) == data.fingerprint(text)
+  for other in (text.replace("3", "4"), text.replace("+", "-"), r"\quadratic", r"\atic"):
+    assert data.fingerprint(other) != data.fingerprint(text)
+  assert data.fingerprint(r"\quadratic") != data.fingerprint("ratic")
+
+
+def leaky(tmp_path, leakage: str):
+  """Four of ten training questions are held out, differently spaced, in two sets."""
+  write(tmp_path / "h.jsonl", [{"question": f"{i}  +  0 = ?", "answer": i} for i in (2, 5, 40)])
+  sums(tmp_path, "i.jsonl", (7, 9))
+  return make(
+    **{
+      "data.root": str(tmp_path),
+      "data.path": sums(tmp_path, "train.jsonl", range(10)) + ",arithmetic",
+      "data.weights": (1, 1),
+      "data.eval_path": "h=h.jsonl,i=i.jsonl",
+      "data.leakage": leakage,
+    }
+  )
+
+
+def test_leakage_is_reported(tmp_path, caplog):
+  source = data.source(leaky(tmp_path, "report"))
+  assert "4 of 10 training questions are held out too, the first in h: '2 + 0 = ?'" in caplog.text
+  texts = {source.read(i).text for i in range(40)}
+  assert "2 + 0 = ?" in texts
+
+
+def test_leakage_is_dropped(tmp_path, caplog):
+  source = data.source(leaky(tmp_path, "drop"))
+  assert "4 of 10 training questions" in caplog.text
+  golds = [q.gold for q in map(source.read, range(24)) if q.grader == "math"]
+  assert sorted(golds) == sorted(2 * ["0", "1", "3", "4", "6", "8"])
+
+
+def test_leakage_is_an_error(tmp_path):
+  with pytest.raises(UserError, match=r"4 of 10 .* config\.data\.leakage = 'drop'"):
+    data.source(leaky(tmp_path, "error"))
+
+
+def test_nothing_is_left_to_train_on(tmp_path):
+  path = sums(tmp_path, "a.jsonl", range(3))
+  config = make(**{"data.path": path, "data.eval_path": path, "data.leakage": "drop"})
+  with pytest.raises(UserError, match="every training question is held out too"):
+    data.source(config)
 
 
 @pytest.mark.parametrize(
-  ("row", "complaint"),
+  ("train", "heldout"),
   [
-    ("{", "Expecting"),
-    ("[1]", "expected an object, got list"),
-    ({"question": "q"}, "expected 'answer'"),
-    ({"answer": "1"}, "expected 'answer' and one of prompt, question, problem"),
-    ({"question": "q", "prompt": "q", "answer": "1"}, "one of prompt, question, problem"),
-    ({"question": 3, "answer": "1"}, "'question' must be a text"),
-    ({"question": "q", "answer": None}, "'answer' must be a text or a number"),
-    ({"question": "q", "answer": "so #### "}, "'answer' is empty"),
-    ({"question": "good", "answer": "2"}, "line 1 with another answer"),
+    ("simplerl_math_level3to5/train.jsonl#math", "math500/test.jsonl#math"),
+    ("gsm8k/train.jsonl#gsm8k", "gsm8k/test.jsonl#gsm8k"),
+    ("countdown/train.jsonl#countdown", "countdown/test.jsonl#countdown"),
   ],
 )
-def test_bad_row_is_named(tmp_path, row, complaint):
-  path = write(tmp_path / "bad.jsonl", [{"question": "good", "answer": "1"}, "", row])
-  with pytest.raises(UserError) as error:
-    data.read_jsonl(path)
-  assert f"{path}, line 3: " in str(error.value)
-  assert complaint in str(error.value)
+def test_published_sets_do_not_leak(train, heldout):
+  root = str(shared.path("data"))
+  config = {"data.root": root, "data.path": train, "data.eval_path": heldout}
+  data.source(make(**config, **{"data.leakage": "error"}))
 
 
-def test_bytes_that_are_no_text(tmp_path):
-  (tmp_path / "bad.jsonl").write_bytes(b'{"question": "q", "answer": "\xff"}\n')
-  with pytest.raises(UserError, match="line 1: "):
-    data.read_jsonl(tmp_path / "bad.jsonl")
+def test_a_leak_into_math500_is_found(tmp_path):
+  """Seen red: one MATH-500 problem among the training rows, its spaces and case changed."""
+  root = shared.path("data")
+  lines = (root / "math500/test.jsonl").read_text(encoding="utf-8").splitlines()
+  row = json.loads(lines[123])
+  row["problem"] = row["problem"].upper().replace(" ", "  ")
+  path = write(tmp_path / "train.jsonl", [row, {"problem": "1 + 1", "answer": "2"}])
+  heldout = f"math500={root}/math500/test.jsonl"
+  config = {"data.path": path, "data.eval_path": heldout, "data.reader": "math"}
+  with pytest.raises(UserError, match="1 of 2 training questions are held out too, the first in"):
+    data.source(make(**config, **{"data.leakage": "error"}))
 
 
-def test_missing_and_empty_files(tmp_path):
-  with pytest.raises(UserError, match="nowhere.jsonl: no such file"):
-    data.read_jsonl(tmp_path / "nowhere.jsonl")
-  (tmp_path / "empty.jsonl").write_text("\n")
-  with pytest.raises(UserError, match="empty.jsonl: no rows"):
-    data.read_jsonl(tmp_path / "empty.jsonl")
-
-
-def test_unknown_split():
-  with pytest.raises(ValueError, match="'test'; allowed: train, heldout"):
-    data.source(make(), split="test")
+def test_training_needs_a_set_of_its_own(tmp_path):
+  config = make(**{"data.eval_path": sums(tmp_path, "a.jsonl", range(3))})
+  assert len(data.heldout(config, TEXT).prompts) == 3
+  with pytest.raises(UserError, match=r"config\.data\.path is empty"):
+    data.source(config)

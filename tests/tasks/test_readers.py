@@ -18,7 +18,7 @@ SETS = [
   ("aime24/test.jsonl", "aime", 30, 30, {0: "204", 7: "025"}),
   ("amc23/test.jsonl", "amc", 40, 40, {0: "27", 3: "3159", 15: "-1"}),
   ("minerva_math/test.jsonl", "minerva", 272, 272, {0: "1.6", 1: "4.5e33"}),
-  ("olympiadbench/test.jsonl", "olympiadbench", 675, 675, {0: "2", 13: "69, 84", 15: "(2,4)"}),
+  ("olympiadbench/test.jsonl", "olympiadbench", 675, 675, {0: "2", 13: "69, 84", 15: "(2, 4)"}),
   ("svamp/test.jsonl", "svamp", 1000, 1000, {0: "145"}),
   ("countdown/train.jsonl", "countdown", 8000, 8000, {0: '{"nums": [44, 19, 35], "target": 98}'}),
   ("countdown/test.jsonl", "countdown", 2000, 2000, {0: '{"nums": [6, 81, 97, 52], "target": 74}'}),

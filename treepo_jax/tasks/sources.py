@@ -132,16 +132,17 @@ def table(spec: Spec, *, split: str, root: str) -> Table:
   """
   read = readers.find(spec.reader, spec.key)
   found: dict[str, tuple[str, Question]] = {}
-  rows, empty, place = 0, [], ""
+  rows, empty = 0, []
   for place, row in _rows(spec, split, root):
     rows += 1
     try:
-      question = dataclasses.replace(read(row), dataset=spec.name)
+      question = dataclasses.replace(_question(read(row)), dataset=spec.name)
     except readers.NoGold:
       empty.append(place)
       continue
-    except ValueError as error:
-      raise UserError(f"{place}: {error} (reader {spec.reader!r})") from error
+    except (ValueError, TypeError, LookupError) as error:  # a reader of the user may raise any
+      reason = error if isinstance(error, ValueError) else repr(error)
+      raise UserError(f"{place}: {reason} (reader {spec.reader!r})") from error
     first, known = found.setdefault(question.text, (place, question))
     if known.gold != question.gold:
       raise UserError(f"{place}: the question of {first} with another answer; remove one of them")
@@ -233,13 +234,19 @@ def _arithmetic(seed: int, split: str, levels: tuple, name: str, position: int) 
 
 
 def _generated(made: Callable, seed: int, split: str, spec: Spec, position: int) -> Question:
-  question = made(seed, split, position)
-  if not isinstance(question, Question) or not question.text or not question.gold:
-    raise UserError(
-      f"{spec.where}({seed}, {split!r}, {position}) returned {question!r}: it must return a "
-      "treepo_jax.tasks.readers.Question whose text and gold are not empty"
-    )
-  return dataclasses.replace(question, dataset=spec.name)
+  try:
+    return dataclasses.replace(_question(made(seed, split, position)), dataset=spec.name)
+  except ValueError as error:
+    raise UserError(f"{spec.where}({seed}, {split!r}, {position}): {error}") from error
+
+
+def _question(made: object) -> Question:
+  """Returns what a function of the user made; raises ValueError where it is no question."""
+  if not isinstance(made, Question):
+    raise ValueError(f"{made!r} is not a Question of treepo_jax.tasks.readers")
+  if not made.text or not made.gold or made.grader not in readers.GRADERS:
+    raise ValueError(f"{made!r} needs a text, a gold and a grader of {', '.join(readers.GRADERS)}")
+  return made
 
 
 def _first_line(error: BaseException) -> str:
