@@ -14,7 +14,9 @@ ESTIMATORS = (
 )
 FALLBACKS = ("random", "log_prob", "block", "inverse_block", "start", "disagree", "none")
 FALLBACK_SOURCES = ("answered", "boxed", "finished_first", "strict", "longest", "any")
+GRADERS = ("math", "countdown", "number")  # names that questions carry: tasks/rewards.py
 PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
+TEMPLATES = ("plain", "boxed", "chat", "treepo")  # tasks/text.py
 
 
 class UserError(ValueError):
@@ -263,7 +265,7 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
     _positive(c, "mesh.data")
   _at_least(c, "mesh.cpu_devices", 0)
   _one_of(c, "data.overlong", ("error", "drop"))
-  _one_of(c, "data.template", ("plain", "boxed", "chat", "treepo"))
+  _one_of(c, "data.template", TEMPLATES)
   _one_of(c, "data.leakage", ("report", "drop", "error"))
   if c.data.path and not c.data.eval_path:
     raise UserError(

@@ -25,14 +25,14 @@ SETS = [
 ]
 
 
-def table(name: str, reader: str, root="") -> sources.Table:
+def table(name: str, reader: str, root: str = "") -> sources.Table:
   (spec,) = sources.parse(f"{name}#{reader}", "config.data.path", "plain")
-  return sources.table(spec, split="train", root=str(root))
+  return sources.table(spec, split="train", root=root)
 
 
 @pytest.mark.parametrize(("name", "reader", "rows", "distinct", "golds"), SETS)
 def test_published_file(name, reader, rows, distinct, golds):
-  found = table(name, reader, shared.path("data"))
+  found = table(name, reader, str(shared.path("data")))
   assert found.rows == rows
   assert len(found.questions) == distinct
   assert {i: found.questions[i].gold for i in golds} == golds
@@ -45,7 +45,7 @@ def test_published_file(name, reader, rows, distinct, golds):
 
 def test_empty_golds_are_said_and_left_out(caplog):
   """Two rows of SimpleRL have no answer; one more is an exact duplicate."""
-  found = table("simplerl_math_level3to5/train.jsonl", "math", shared.path("data"))
+  found = table("simplerl_math_level3to5/train.jsonl", "math", str(shared.path("data")))
   assert found.empty == 2
   assert "line 5055: an empty answer; 2 of 8523 rows" in caplog.text
 
@@ -144,7 +144,7 @@ def test_readers_of_the_user():
     ("gsm", "no reader 'gsm'; there are plain, gsm8k"),
     ("no_such_module:read", "cannot be imported"),
     ("treepo_jax.tasks.readers:no_such", "cannot be imported"),
-    ("treepo_jax.tasks.readers:GRADERS", "is a tuple, not a function"),
+    ("treepo_jax.tasks.readers:ASKED", "is a tuple, not a function"),
   ]:
     with pytest.raises(UserError, match=complaint):
       readers.find(name, "config.data.reader")

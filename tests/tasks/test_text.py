@@ -167,6 +167,21 @@ def test_templates(tmp_path):
   (path / "tokenizer_config.json").write_text(json.dumps(settings))
   text = text_lib.load(path)
   assert text.decode(text.prompt("1 + 1 = ?", "chat")) == "[1 + 1 = ?]>"
+  instruction = r"Please reason step by step, and put your final answer within \boxed{}."
+  assert text.decode(text.prompt("1 + 1 = ?", "treepo")) == f"[{instruction}][1 + 1 = ?]>"
+  assert EMBEDDED.decode(EMBEDDED.prompt("1 + 1 = ?", "boxed")) == f"1 + 1 = ?\n{instruction}\n"
+  with pytest.raises(UserError, match="'treepo', but .*'plain' or 'boxed'"):
+    EMBEDDED.prompt("1 + 1 = ?", "treepo")
+
+
+def test_the_prompt_of_the_paper():
+  """TreePO's evaluation sets: system turn, bare question, Qwen's template."""
+  text = text_lib.load(shared.path("data", "tokenizers", "qwen3"))
+  ids = text.prompt("What is $1+1$?", "treepo")
+  assert text.tokenizer.decode(ids) == (
+    "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}."
+    "<|im_end|>\n<|im_start|>user\nWhat is $1+1$?<|im_end|>\n<|im_start|>assistant\n"
+  )
 
 
 def test_qwen_vocabulary_in_time():

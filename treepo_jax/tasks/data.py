@@ -30,7 +30,7 @@ class Prompt:
     id: u32 identity of the question: the same wherever and whenever it is asked, so questions of
       two sets with one text share it.
     tokens: the prompt after the template, at most config.rollout.prompt_length.
-    gold: the right answer, as `grader`, one of readers.GRADERS, reads it.
+    gold: the right answer, as `grader`, one of config.GRADERS, reads it.
     dataset: name of the set that it is of, "" where the set has none.
   """
 

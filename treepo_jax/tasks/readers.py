@@ -12,10 +12,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from treepo_jax.config import UserError
+from treepo_jax.config import GRADERS, UserError
 from treepo_jax.tasks.text import last_box
 
-GRADERS = ("math", "countdown", "number")
 ASKED = ("prompt", "question", "problem")
 FUNCTION = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 
@@ -30,7 +29,7 @@ class Question:
 
   Attributes:
     gold: the right answer, as `grader` reads it.
-    grader: which of GRADERS compares answers with it.
+    grader: which of config.GRADERS compares answers with it.
     dataset: name of the set that it is of, "" where the set has none.
   """
 
@@ -77,7 +76,7 @@ def plain(row: Row) -> Question:
   """Reads {"prompt" | "question" | "problem": text, "answer": text or number}.
 
   Of an answer with `####` (GSM8K) what follows the last one is the gold; "grader" may name one of
-  GRADERS. A row that could be read in two ways is refused.
+  config.GRADERS. A row that could be read in two ways is refused.
   """
   keys = [key for key in ASKED if key in row]
   if len(keys) != 1 or "answer" not in row:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from treepo_jax.config import UserError
+from treepo_jax.config import GRADERS, UserError
 from treepo_jax.tasks import arithmetic, readers
 from treepo_jax.tasks.readers import Question, Row
 
@@ -31,7 +31,6 @@ EMBEDDED = "arithmetic"
 TFDS = "tfds:"
 TFDS_SPLITS = {"train": "train", "heldout": "test"}  # where none is named
 HELDOUT_SEED = 0  # held-out problems do not change with config.seed
-READ = 1000  # rows of a TFDS data set at a time
 NAME = re.compile(r"(?:([\w.-]+)=)?([^#]+)(?:#([\w.:]+))?")
 
 
@@ -200,7 +199,7 @@ def _tfds(spec: Spec, split: str, root: str) -> Iterator[tuple[str, Row]]:
   import tensorflow_datasets as tfds  # slow to import, and not every run needs it
 
   try:
-    data = tfds.data_source(
+    data: Any = tfds.data_source(
       name, split=part, data_dir=root or None, builder_kwargs={"file_format": "array_record"}
     )
   except (ValueError, RuntimeError, OSError, tfds.download.DownloadError) as error:
@@ -209,10 +208,9 @@ def _tfds(spec: Spec, split: str, root: str) -> Iterator[tuple[str, Row]]:
       f"{_first_line(error)}. Data sets are looked for in config.data.root; python -m "
       "treepo_jax.tasks.tfds_builder makes one of your own files"
     ) from error
-  for start in range(0, len(data), READ):
-    rows = data.__getitems__(range(start, min(start + READ, len(data))))
-    for i, row in enumerate(rows, start=start + 1):
-      yield f"{TFDS}{name}@{part}, row {i}", {key: _python(value) for key, value in row.items()}
+  for i in range(len(data)):
+    row = {key: _python(value) for key, value in data[i].items()}
+    yield f"{TFDS}{name}@{part}, row {i + 1}", row
 
 
 def _python(value: Any) -> Any:
@@ -244,8 +242,8 @@ def _question(made: object) -> Question:
   """Returns what a function of the user made; raises ValueError where it is no question."""
   if not isinstance(made, Question):
     raise ValueError(f"{made!r} is not a Question of treepo_jax.tasks.readers")
-  if not made.text or not made.gold or made.grader not in readers.GRADERS:
-    raise ValueError(f"{made!r} needs a text, a gold and a grader of {', '.join(readers.GRADERS)}")
+  if not made.text or not made.gold or made.grader not in GRADERS:
+    raise ValueError(f"{made!r} needs a text, a gold and a grader of {', '.join(GRADERS)}")
   return made
 
 

@@ -18,14 +18,13 @@ import numpy as np
 import transformers
 from jaxtyping import Int8
 
-from treepo_jax.config import UserError
+from treepo_jax.config import TEMPLATES, UserError
 
 BOX = rb"\boxed{"
 MAX_DEPTH = 8  # braces open at once, the box's own included
 START = 0  # state before the first token of a response
 CLOSED = (MAX_DEPTH + 1) * len(BOX)  # absorbing: the response holds a complete box
 STATES = CLOSED + 1
-TEMPLATES = ("plain", "boxed", "chat", "treepo")  # config.data.template
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 

@@ -28,7 +28,7 @@ class Questions(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """Builds splits of questions, in their order; rows are what the reader "plain" reads."""
 
   def __init__(self, name: str, splits: Mapping[str, Sequence[Question]], version: str, **settings):
-    self.name = name
+    self.name = name  # pyright: ignore[reportAttributeAccessIssue], as TFDS's own AdhocBuilder does
     self.VERSION = tfds.core.Version(version)
     self._questions = splits
     super().__init__(**settings)
