@@ -21,7 +21,12 @@ def load(path: Path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_validates_and_says_how_to_run_it(path):
   module = load(path)
-  config_lib.validate(module.get_config())
+  c = module.get_config()
+  if not c.model.path:  # the user's to give
+    with pytest.raises(config_lib.UserError, match=r"--config\.model\.path=DIR"):
+      config_lib.validate(c)
+    c.model.path = config_lib.EMBEDDED_POLICY
+  config_lib.validate(c)
   assert f"--config=configs/{path.name}" in str(module.__doc__)
 
 
@@ -62,6 +67,9 @@ def test_a_misspelt_key_is_refused():
     ("train.learning_rate", -1.0, ("at least 0",)),
     ("data.levels", (0,), ("1 to 8",)),
     ("data.path", "x.jsonl", ("data.eval_path",)),
+    ("data.leakage", "ignore", ("'report'", "'drop'", "'error'")),
+    ("data.template", "qwen", ("'plain'", "'treepo'")),
+    ("data.weights", (1.0, 0.0), ("above 0",)),
     ("eval.sampling", "beam", ("'sequential'", "'tree'")),
   ],
 )

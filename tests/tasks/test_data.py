@@ -1,6 +1,9 @@
 """Prompts by position: resumable, distinct, stable identities, clear messages."""
 
+import importlib.util
 import json
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -292,3 +295,51 @@ def test_training_needs_a_set_of_its_own(tmp_path):
   assert len(data.heldout(config, TEXT).prompts) == 3
   with pytest.raises(UserError, match=r"config\.data\.path is empty"):
     data.source(config)
+
+
+def shipped(name: str):
+  """Returns a file of configs/ with the shared data and Qwen's tokenizer."""
+  path = Path(__file__).parents[2] / "configs" / f"{name}.py"
+  spec = importlib.util.spec_from_file_location(name, path)
+  assert spec and spec.loader
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config()
+  config.model.path = str(shared.path("data", "tokenizers", "qwen3"))
+  config.data.root = str(shared.path("data"))
+  return config
+
+
+@pytest.mark.parametrize(
+  ("name", "questions", "sets", "dropped"),
+  [
+    ("gsm8k", 7473, {"gsm8k": 1319}, 0),
+    (
+      "math",
+      8520,
+      {"math500": 500, "aime24": 30, "amc23": 40, "minerva": 272, "olympiadbench": 673},
+      2,
+    ),
+    ("countdown", 8000, {"countdown": 1024}, 0),
+  ],
+)
+def test_shipped_configs_load_their_data(name, questions, sets, dropped):
+  config = config_lib.validate(shipped(name))
+  text = text_lib.load(config.model.path)
+  batch = data.heldout(config, text)
+  assert Counter(p.dataset for p in batch.prompts) == sets
+  assert batch.dropped == dropped
+  source = data.source(config)
+  assert source.size == questions
+  prompts = data.take(source, text, start=0, count=config.rollout.prompts, config=config).prompts
+  assert text.tokenizer.decode(prompts[0].tokens).startswith("<|im_start|>system\nPlease reason")
+  assert prompts[0].text in text.tokenizer.decode(prompts[0].tokens)
+
+
+def test_svamp_beside_gsm8k():
+  config = shipped("gsm8k")
+  config.data.eval_path = "gsm8k=gsm8k/test.jsonl,svamp=svamp/test.jsonl#svamp"
+  config.eval.prompts = 100
+  text = text_lib.load(config.model.path)
+  prompts = data.heldout(config, text).prompts
+  assert Counter(p.dataset for p in prompts) == {"gsm8k": 100, "svamp": 100}

@@ -80,11 +80,6 @@ def test_a_mix_is_a_function_of_seed_and_position():
   assert read(make(seed=1), 0, 200) != whole
 
 
-def test_sizes():
-  assert mixed(listed("a", 30), listed("b", 7)).size == 37
-  assert mixed(listed("a", 30), endless("b"), weights=(1, 1)).size is None
-
-
 @pytest.mark.parametrize("weights", [(1,), (1, 2, 3), (1, 0), (1, -1)])
 def test_weights_that_do_not_fit(weights):
   with pytest.raises(UserError, match="one above 0 for each of the 2 sources"):

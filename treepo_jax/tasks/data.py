@@ -18,7 +18,7 @@ from treepo_jax.tasks import text as text_lib
 from treepo_jax.tasks.readers import Question
 from treepo_jax.tasks.sources import Source
 
-PATIENCE = 10_000  # questions in a row that may be unfit before a source is given up
+PATIENCE = 10_000  # questions in a row that may be unfit before an endless source is given up
 SPACING = re.compile(r"\s|~|\\[,;:!> ]|\\q?quad(?![a-z])")  # of texts in lower case
 
 
@@ -97,7 +97,7 @@ def take(source: Source, text: text_lib.Text, *, start: int, count: int, config)
       prompts[prompt.id], unfit = prompt, 0
       continue
     unfit += 1
-    if unfit > max(PATIENCE, 2 * (source.size or 0)):
+    if unfit > (2 * source.size if source.size else PATIENCE):
       raise UserError(
         f"{count} different prompts are needed, but only {len(prompts)} fit "
         f"config.rollout.prompt_length = {config.rollout.prompt_length}: raise it or ask for fewer "

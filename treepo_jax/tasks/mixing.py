@@ -21,7 +21,7 @@ STREAM = 2**31  # parts the order of blocks from the orders of epochs
 
 
 def mix(sources: Sequence[Source], *, weights: Sequence[int | float], seed: int) -> Source:
-  """Returns the sources mixed; without weights in proportion to their sizes.
+  """Returns the sources mixed, without end; without weights in proportion to their sizes.
 
   Raises UserError where the weights do not go with the sources.
   """
@@ -44,8 +44,7 @@ def mix(sources: Sequence[Source], *, weights: Sequence[int | float], seed: int)
     i = int(chosen[place])
     return sources[i].read(number * shares[i] + int(earlier[place]))
 
-  sizes = [source.size for source in sources if source.size is not None]
-  return Source(read=read, size=sum(sizes) if len(sizes) == len(sources) else None)
+  return Source(read=read, size=None)
 
 
 def _shares(sources: Sequence[Source], weights: Sequence[int | float]) -> list[int]:

@@ -50,7 +50,7 @@ class Source:
 
   Attributes:
     read: position -> question, for every position >= 0.
-    size: number of distinct questions; None where there is no end of them.
+    size: number of distinct questions; None where there is no end of them, as of a mix.
   """
 
   read: Callable[[int], Question]
