@@ -28,6 +28,8 @@ setuptools.setup(
     "transformers",  # tokenizers and chat templates; the models are our own
     "ml-collections",
     "tensorflow-datasets",  # does not pull tensorflow
+    "importlib-resources",  # tensorflow-datasets imports it for its catalogue and does not say so
+    "pyarrow",  # Parquet
     "chex",
     "jaxtyping",  # shapes in the types of fields and signatures
     "safetensors",  # weights in and out, bfloat16 without torch

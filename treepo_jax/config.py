@@ -207,7 +207,7 @@ def default() -> ml_collections.ConfigDict:
   c.plan.price = 0.0  # of a chip-hour, in your currency; 0: no cost is told
 
   c.eval = ml_collections.ConfigDict()
-  c.eval.prompts = 1024  # held-out prompts
+  c.eval.prompts = 1024  # held-out prompts of each set at most
   c.eval.samples = 1  # answers a prompt
   c.eval.every = 5  # steps between evaluations while training; 0: only before and after
   c.eval.temperature = 1.0  # 0: greedy; filters (rollout.top_k, top_p, min_p) are left out

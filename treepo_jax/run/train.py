@@ -36,9 +36,9 @@ SUMMED = (
 def run(config, workdir: Path) -> dict | None:
   """Trains, or continues the run in workdir; returns the summary, None if it was told to stop."""
   setup.claim(workdir, config)
+  source = data.source(config)  # first: a bad row is found sooner than weights are read
   policy = setup.load(config)
   heldout = data.heldout(config, policy.text).prompts
-  source = data.source(config)
   state = update.create(policy.params, config, policy.mesh)
   policy = dataclasses.replace(policy, params={})  # the state holds them
   checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)

@@ -248,4 +248,4 @@ def _question(made: object) -> Question:
 
 
 def _first_line(error: BaseException) -> str:
-  return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
