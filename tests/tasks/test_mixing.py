@@ -77,7 +77,10 @@ def test_a_mix_is_a_function_of_seed_and_position():
   again = make()
   assert [again.read(i) for i in reversed(range(200))] == whole[::-1]
   assert read(make(), 117, 200) == whole[117:]
-  assert read(make(seed=1), 0, 200) != whole
+  other = read(make(seed=1), 0, 200)
+  assert [q.dataset for q in other] != [q.dataset for q in whole]  # which source is whose turn
+  texts = lambda questions: [q.text for q in questions if q.dataset == "a"]
+  assert texts(other)[:30] != texts(whole)[:30]  # and the order within it
 
 
 @pytest.mark.parametrize("weights", [(1,), (1, 2, 3), (1, 0), (1, -1)])
