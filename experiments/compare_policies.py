@@ -77,9 +77,7 @@ def measure(changes: dict, seed: int, prompts: int, policy: setup.Setup | None):
   """Returns (figures of a batch of trees, the policy)."""
   config = configure(changes, seed, prompts)
   policy = policy or setup.load(config)
-  asked = data.take(
-    data.source(config, split="train"), policy.text, start=0, count=prompts, config=config
-  )
+  asked = data.take(data.source(config), policy.text, start=0, count=prompts, config=config)
   shape = setup.load(config).shape
   key = setup.key(config, 0, 0)
   made = collect.collect(

@@ -29,7 +29,7 @@ from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from treepo_jax.model import transformer, weights
-from treepo_jax.tasks import arithmetic, data, rewards
+from treepo_jax.tasks import arithmetic, rewards, sources
 
 LEVELS = (3, 4, 5)
 STYLE_SHARES = {"careful": 0.32, "short": 0.40, "direct": 0.28}
@@ -191,7 +191,8 @@ def evaluate(graph, params, tokenizer, *, count: int) -> dict[str, dict[str, flo
   """Measures accuracy on held-out problems at temperature 1, by level and by style."""
   draw = jax.jit(sample, static_argnums=0)
   problems = [
-    arithmetic.problem(data.HELDOUT_SEED, i, split="heldout", levels=LEVELS) for i in range(count)
+    arithmetic.problem(sources.HELDOUT_SEED, i, split="heldout", levels=LEVELS)
+    for i in range(count)
   ]
   size = 100
   answers: list[str] = []

@@ -332,7 +332,9 @@ def test_shipped_configs_load_their_data(name, questions, sets, dropped):
   source = data.source(config)
   assert source.size == questions
   prompts = data.take(source, text, start=0, count=config.rollout.prompts, config=config).prompts
-  assert text.tokenizer.decode(prompts[0].tokens).startswith("<|im_start|>system\nPlease reason")
+  assert str(text.tokenizer.decode(prompts[0].tokens)).startswith(
+    "<|im_start|>system\nPlease reason"
+  )
   assert prompts[0].text in text.tokenizer.decode(prompts[0].tokens)
 
 
