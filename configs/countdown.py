@@ -5,7 +5,8 @@ python -m treepo_jax.main --config=configs/countdown.py --workdir=runs/countdown
 
 DIR is a Hugging Face directory of a model with a chat template, such as Qwen2.5-1.5B. DATA holds
 countdown/train.jsonl and countdown/test.jsonl of {"nums": [44, 19, 35], "target": 98}, such as the
-8,000 and 2,000 rows of Jiayi-Pan/TinyZero. Prompts have at most 78 tokens of Qwen's.
+8,000 and 2,000 rows of Jiayi-Pan/TinyZero, where five test problems are training problems with
+their numbers in another order. Prompts have at most 78 tokens of Qwen's.
 """
 
 from treepo_jax import config
