@@ -140,4 +140,4 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def width(kind: str) -> float:
   """Returns the bytes of a number: of "f32", "bf16", "s8", ..."""
-  return BYTES[kind] if kind in BYTES else int(kind[1:]) / 8
+  return float(BYTES[kind]) if kind in BYTES else int(kind[1:]) / 8

@@ -5,11 +5,14 @@ host's rollout is compiled for the chips of one host, for hosts roll out by them
 and the transfer of the new weights for all chips.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +149,16 @@ def _programs(config, topology: Topology, mesh: Mesh) -> Iterator[Program]:
   shards = mesh_lib.shards(mesh)
   step = expected(config, shards)
   chips = len(topology.devices)
-  yield Program("transfer", update.transfer(config, mesh), (state.params, state.base), chips, 0, 1)
+  yield Program(
+    "transfer", update.transfer(config, mesh), (state.params, state.base), chips, 0.0, 1.0
+  )
   yield from _rollout(config, topology, mesh, arch, graph, params, kept, step)
 
   k = math.ceil(step.micro_batches / config.learn.minibatches)
   batch = packing.abstract(config.learn.micro_rows << (k - 1).bit_length(), config)
   batch = update.abstract_batch(batch, config, mesh)
   optimize = update.program(state, graph=graph, config=config, mesh=mesh)
-  yield Program("update", optimize, (state, batch), chips, 0, config.learn.minibatches)
+  yield Program("update", optimize, (state, batch), chips, 0.0, float(config.learn.minibatches))
 
 
 def _rollout(config, topology: Topology, mesh: Mesh, arch, graph, params, kept: float, step):
@@ -193,14 +198,14 @@ def _rollout(config, topology: Topology, mesh: Mesh, arch, graph, params, kept: 
   read = weights + rows * step.context * per_token / here.shape["tensor"]
   strides = step.steps / shape.decoder.stride
   programs_ = (
-    Program("start", calls.start, calls.asked, chips, kept + weights, 1),
+    Program("start", calls.start, calls.asked, chips, kept + weights, 1.0),
     Program(
       "prefill",
       calls.prefill,
       (calls.growth, params, number(jnp.int32)),
       chips,
       kept,
-      math.ceil(per_shard / min(programs.PREFILL, per_shard)),
+      float(math.ceil(per_shard / min(programs.PREFILL, per_shard))),
     ),
     Program(
       "expand",
@@ -230,51 +235,77 @@ def _bytes(tree) -> float:
 
 
 def _compile(program: Program, topology: Topology) -> dict[str, Any]:
-  """Compiles a program; returns its row of plan.json, bytes and operations a chip."""
-  chip, begun = topology.chip, time.perf_counter()
+  """Returns a program's row of plan.json: bytes and operations a chip."""
+  chip = topology.chip
   traced = program.run.trace(*program.arguments)
   operations = cost.flops(traced.jaxpr) / program.chips
-  row: dict[str, Any] = {"name": program.name, "calls": program.calls}
-  row |= {"flops": operations, "resident_bytes": program.resident}
+  found = _measured(traced.lower(), topology)
+  row = {"name": program.name, "calls": program.calls, "flops": operations} | found
+  row["resident_bytes"] = program.resident
+  if "says" in found:  # the compiler found no room
+    return row | {"argument_bytes": _bytes(program.arguments), "fits": False, "seconds": None}
+  # XLA counts the body of each loop once; it runs as often as the operations say.
+  often = max(operations / found["flops_once"], 1) if found["flops_once"] and operations else 1
+  moved = found["bytes_once"] * often if program.moved is None else program.moved
+  peak = found["argument_bytes"] + found["temp_bytes"] + found["output_bytes"] + program.resident
+  return row | {
+    "bytes_accessed": moved,
+    "seconds": cost.seconds(operations, moved, found["collective_bytes"], chip),
+    "peak_bytes": peak,
+    "margin_bytes": chip.hbm - peak,
+    "fits": peak <= chip.hbm,
+  }
+
+
+def _measured(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any]:
+  """Returns what compiling says, or said when the same program was compiled for the same chips.
+
+  JAX cannot read programs for other devices back from its cache, so the figures are kept instead,
+  beside it.
+  """
+  made_by = topology.name, jax.__version__, metadata.version("libtpu")
+  name = hashlib.sha256("\n".join([*made_by, lowered.as_text()]).encode()).hexdigest()
+  kept = Path(jax.config.jax_compilation_cache_dir or ".") / "plans" / f"{name}.json"
+  if jax.config.jax_compilation_cache_dir and kept.exists():
+    return json.loads(kept.read_text(encoding="utf-8"))
+  begun = time.perf_counter()
   try:
-    compiled = traced.lower().compile()
+    with _uncached():
+      compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    return row | {
-      "argument_bytes": _bytes(program.arguments),
-      "temp_bytes": None,
-      "output_bytes": None,
-      "bytes_accessed": None,
-      "collective_bytes": None,
-      "seconds": None,
-      "peak_bytes": None,
-      "compile_seconds": time.perf_counter() - begun,
-      "fits": False,
-      "says": str(error).splitlines()[0],
+    names = ("temp", "output", "collective", "peak", "margin")
+    found: dict[str, Any] = {f"{name}_bytes": None for name in names}
+    found |= {"bytes_accessed": None, "says": str(error).splitlines()[0]}
+  else:
+    memory, counted = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    found = {
+      "argument_bytes": memory.argument_size_in_bytes,
+      "temp_bytes": memory.temp_size_in_bytes,
+      "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+      "collective_bytes": sum(hlo.collective_bytes(compiled.as_text()).values()),
+      "flops_once": counted.get("flops", 0.0),
+      "bytes_once": counted.get("bytes accessed", 0.0),
     }
-  memory, text = compiled.memory_analysis(), compiled.as_text()
-  counted: dict[str, float] = compiled.cost_analysis() or {}
-  # XLA counts the body of each loop once; it runs as often as the operations say.
-  often = max(operations / counted["flops"], 1) if counted.get("flops") and operations else 1
-  moved = counted.get("bytes accessed", 0.0) * often
-  if program.moved is not None:
-    moved = program.moved
-  sent = sum(hlo.collective_bytes(text).values())
-  peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
-  peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes + program.resident
-  return row | {
-    "argument_bytes": memory.argument_size_in_bytes,
-    "temp_bytes": memory.temp_size_in_bytes,
-    "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    "bytes_accessed": moved,
-    "collective_bytes": sent,
-    "seconds": cost.seconds(operations, moved, sent, chip),
-    "peak_bytes": peak,
-    "margin_bytes": chip.hbm - peak,
-    "compile_seconds": time.perf_counter() - begun,
-    "fits": peak <= chip.hbm,
-  }
+  found["compile_seconds"] = time.perf_counter() - begun
+  if jax.config.jax_compilation_cache_dir:
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with metrics_lib.replacing(kept) as temporary:
+      temporary.write_text(json.dumps(found), encoding="utf-8")
+  return found
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+  """Keeps JAX from writing what it compiles to its cache: it could not read it."""
+  name = "jax_persistent_cache_min_compile_time_secs"
+  before = getattr(jax.config, name)
+  jax.config.update(name, float("inf"))
+  try:
+    yield
+  finally:
+    jax.config.update(name, before)
 
 
 def _totals(rows: list[dict], topology: Topology, config) -> dict[str, Any]:
