@@ -43,6 +43,7 @@ ORDER = (
   "learn.optimizer",
   "learn.lora",
   "learn.update",
+  "run.scores",
   "run.metrics",
   "run.plots",
   "run.layout",
