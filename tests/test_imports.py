@@ -52,6 +52,7 @@ ORDER = (
   "run.setup",
   "run.collect",
   "run.records",
+  "run.results",
   "run.evaluate",
   "run.train",
   "run.topology",

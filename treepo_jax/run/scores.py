@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from treepo_jax.config import MOST_ANSWERS
+
 NO_GROUP = -1  # the class of an answer without a box
-MOST_ANSWERS = 1000  # a prompt: C(n, k) stays within a float64
 NORMAL_95 = 1.959963984540054  # standard errors either side of a mean that cover 95 %
 
 

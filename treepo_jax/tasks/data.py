@@ -37,12 +37,14 @@ class Prompt:
   Attributes:
     id: u32 identity of the question: the same wherever and whenever it is asked.
     tokens: the prompt after the template, at most config.rollout.prompt_length.
+    dataset: name of the set that it is of; "" where sets have no names.
   """
 
   id: int
   text: str
   tokens: list[int]
   gold: str
+  dataset: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
