@@ -7,6 +7,7 @@ first unit that is not in both, and its summary is made from the files alone.
 
 import dataclasses
 import json
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -99,22 +100,23 @@ def run(config, workdir: Path) -> dict:
   units = list(_units(prompts, config))
   params, name = _weights(config, policy)
   done, room = _recover(workdir, units, name), max(len(unit.prompts) for unit in units)
-  answers = (workdir / ANSWERS).open("a", encoding="utf-8")
   with (
-    answers,
+    (workdir / ANSWERS).open("a", encoding="utf-8") as answers,
     metrics_lib.Writer(workdir, done) as writer,
     metrics_lib.Progress(len(units), done, "evaluate", enabled=True) as progress,
   ):
-    progress.note(
-      f"continues: {done} of {len(units)} parts are answered" if done else f"weights: {name}"
-    )
-    for i, unit in enumerate(units[done:], start=done):
-      rollout = _sample(params, unit.prompts, unit.kind, room, policy, config)
-      with metrics_lib.naming(workdir / ANSWERS):
-        answers.writelines(json.dumps(row) + "\n" for row in _rows(rollout, unit, config))
-        answers.flush()
-      writer.write(i, _entry(unit, name, rollout))
-      progress.advance(rollout.metrics)
+    progress.note(f"weights: {name}; {done} of {len(units)} parts are answered already")
+    try:
+      for i, unit in enumerate(units[done:], start=done):
+        rollout = _sample(params, unit.prompts, unit.kind, room, policy, config)
+        with metrics_lib.naming(workdir / ANSWERS):
+          answers.writelines(json.dumps(row) + "\n" for row in _rows(rollout, unit, config))
+          answers.flush()
+        writer.write(i, _entry(unit, name, rollout))
+        progress.advance(rollout.metrics)
+    except KeyboardInterrupt:
+      progress.note("stopped: the parts that are answered are saved; the same command continues")
+      raise SystemExit(128 + signal.SIGINT) from None
   summary = results.summarise(
     _scored(workdir, units, config), metrics_lib.read(workdir / metrics_lib.NAME), kinds(config)
   )
