@@ -204,6 +204,7 @@ def test_a_finished_evaluation_samples_nothing(sampler, tmp_path, whole):
 
 def test_another_config_or_other_data_is_refused(sampler, tmp_path, whole, monkeypatch):
   folder, (_, files) = tmp_path / "whole", whole
+  sampler(Sampler())
   for change, words in (({"samples": 5}, "eval.samples = 4, now 5"), ({"chunk": 9}, "eval.chunk")):
     with pytest.raises(UserError, match=words):
       evaluate.run(config(**CURVE | change), folder)
