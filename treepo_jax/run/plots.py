@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from treepo_jax.run import metrics as metrics_lib
 from treepo_jax.run import scores
@@ -141,7 +141,7 @@ def plot_evaluation(summary: dict[str, Any], path: str | Path) -> None:
     left.set_yticks(y, [f"{name} ({found['prompts']})" for name, found in rows])
     left.set_ylim(-0.6, len(rows) - 0.4)
     left.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-    left.legend(loc="best")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=len(kinds))
     for name, color in (("pass", _GREEN), ("maj", _ORANGE)):
       low, mean, high = np.array([_bounds([summary], f"{name}@{x}") for x in k])[..., 0].T
       right.plot(k, mean, "o-", color=color, ms=4, label=f"{name}@k")
@@ -168,7 +168,7 @@ def plot_budget(curve: Sequence[dict], path: str | Path) -> None:
     key = (label, "tokens_decoded", colors[len(lines) % len(colors)])
     lines[key] = [p for p in curve if (p["sampling"], p["branching"]) == ("tree", branching)]
   alone = [p for p in curve if p["sampling"] == "sequential"]
-  lines[("independent, shared tokens once", "tokens_decoded", _BLUE)] = alone
+  lines[("independent, shared once", "tokens_decoded", _BLUE)] = alone
   lines[("independent, each by itself", "tokens_path", _GREY)] = alone
   with matplotlib.rc_context(_STYLE):
     figure = Figure(figsize=(9, 3.8), layout="constrained")
@@ -187,11 +187,12 @@ def plot_budget(curve: Sequence[dict], path: str | Path) -> None:
         )  # fmt: skip
         for p, at in zip(points, zip(x, mean, strict=True), strict=True):
           axes.annotate(str(p["width"]), at, xytext=(4, 4), textcoords="offset points", fontsize=7)
-      axes.set(title=title, xlabel="tokens decoded a prompt", xscale="log")
-      axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-      axes.xaxis.set_minor_formatter(NullFormatter())
+      axes.set(title=title, xlabel="tokens decoded a prompt")
+      axes.set_xscale("log", base=2)
+      axes.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
       axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-    panels[0].legend(loc="best")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     _save(figure, path)
 
 
