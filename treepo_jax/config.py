@@ -204,7 +204,7 @@ def default() -> ml_collections.ConfigDict:
   # Budget curve: evaluated again with so many answers a prompt, one by one, and as trees of so many
   # branches of the prompt and of each node; () and (): no curve
   c.eval.widths = ()
-  c.eval.branchings = ()  # of trees; those above a width are left out there
+  c.eval.branchings = ()  # of trees; those that a width does not exceed are left out there
   # Weights of a training run: its workdir (the newest) or a folder of its checkpoints/; "": those
   # of model.path
   c.eval.checkpoint = ""

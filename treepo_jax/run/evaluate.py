@@ -40,11 +40,14 @@ class Unit:
 
 
 def kinds(config) -> list[Kind]:
-  """Returns how answers are sampled: first what is reported, then the budget curve's others."""
+  """Returns how answers are sampled: first what is reported, then the budget curve's others.
+
+  With as many branches as answers a tree's answers would be those that are drawn one by one.
+  """
   e, found = config.eval, [Kind(config.eval.sampling, config.eval.samples)]
   for width in e.widths:
     found += [Kind("sequential", width), *([] if e.branchings else [Kind(e.sampling, width)])]
-    found += [Kind("tree", width, b) for b in e.branchings if b <= width]
+    found += [Kind("tree", width, b) for b in e.branchings if b < width]
   return list(dict.fromkeys(found))
 
 

@@ -10,6 +10,7 @@ from treepo_jax.run import plots, scores
 
 UNNAMED = "heldout"  # the set of prompts that name none
 OVERALL = "Overall"
+NO_BREAK = "\u00a0"  # a space at which no line of a table breaks
 COSTS = {
   "tokens_decoded": "rollout/tokens_decoded",
   "tokens_path": "rollout/tokens_path",
@@ -87,7 +88,7 @@ def summarise(
   """Returns the figures of the first kind, over all prompts and by set, and a row for every kind.
 
   entries: of metrics.jsonl, one a unit. Over all prompts a set weighs as much as it has prompts,
-  the paper's Overall; in `mean_of_sets` all weigh alike. Intervals are of 95 %.
+  the paper's Overall; in `unweighted` all weigh alike. Intervals are of 95 %.
   """
   estimates = {
     kind: {
@@ -103,7 +104,7 @@ def summarise(
   summary["sets"] = {
     name: _figures(found) | _cost(entries, main, name) for name, found in estimates[main].items()
   }
-  summary["mean_of_sets"] = _figures(_over(estimates[main], scores.unweighted))
+  summary["unweighted"] = _figures(_over(estimates[main], scores.unweighted))
   summary["curve"] = [
     dataclasses.asdict(kind)
     | _figures(_over(estimates[kind], scores.overall))
@@ -145,7 +146,9 @@ def _cost(entries: Sequence[dict], kind: Kind, dataset: str | None) -> dict[str,
 
 def show(summary: dict[str, Any], workdir: Path) -> None:
   """Prints the tables, and writes them as table.md and the figures as plots/*.png."""
-  title = f"Evaluation: {_label(summary)}; percent of prompts ± 95 % interval"
+  title = (
+    f"Evaluation, answers {_label(summary)}: percent of prompts ± 95 % interval, tokens, seconds"
+  )
   head, rows = _table(summary)
   metrics_lib.table(title, [head, *rows])
   text = [title, "", f"Weights: {summary['weights']}", "", *_markdown(head, rows), ""]
@@ -172,7 +175,7 @@ def _table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
   metrics = ["accuracy", f"pass@{most}", f"maj@{most}", f"bootstrap@{most}"]
   metrics = [m for m in metrics if m in summary]
   head = ["set", "prompts", *(f"mean@{most}" if m == "accuracy" else m for m in metrics)]
-  head += ["tokens decoded", "seconds"]
+  head += ["decoded", "seconds"]
 
   def row(name: str, found: dict[str, Any]) -> list[str]:
     spent = [f"{found[x]:,.0f}" if x in found else "" for x in ("tokens_decoded", "seconds")]
@@ -180,12 +183,12 @@ def _table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
   rows = [row(name, found) for name, found in summary["sets"].items()]
   if len(rows) > 1:
-    rows += [row(OVERALL, summary), row("mean of sets", summary["mean_of_sets"])]
+    rows += [row(OVERALL, summary), row("unweighted", summary["unweighted"])]
   return head, rows
 
 
 def _curve(curve: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-  head = ["answers", "mean", "pass", "maj", "tokens decoded", "of all paths", "seconds"]
+  head = ["answers", "mean", "pass", "maj", "decoded", "of all paths", "seconds"]
   rows = []
   for point in curve:
     most = plots.ks(point)[-1]
@@ -196,13 +199,14 @@ def _curve(curve: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def _label(found: dict[str, Any]) -> str:
-  shape = f", b = {found['branching']}" if found["branching"] else ""
-  return f"{found['width']} answers, {found['sampling']}{shape}"
+  shape = f" b={found['branching']}" if found["branching"] else ""
+  return f"{found['width']} {found['sampling']}{shape}"
 
 
 def _percent(found: dict[str, Any], metric: str) -> str:
   error = found["standard_errors"][metric]
-  spread = "" if error is None else f" ± {100 * scores.NORMAL_95 * error:.1f}"
+  spread = "" if error is None else f"{NO_BREAK}± {100 * scores.NORMAL_95 * error:.1f}"
+  spread = spread.replace(" ", NO_BREAK)
   return f"{100 * found[metric]:.1f}{spread}"
 
 
