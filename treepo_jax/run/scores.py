@@ -7,7 +7,7 @@ nobody votes the majority is wrong.
 
 import dataclasses
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,7 +71,9 @@ def majority_at(group: Sequence[int], correct: Sequence[bool], ks: Sequence[int]
   if n > MOST_ANSWERS:
     raise ValueError(f"{n} answers to a prompt: at most {MOST_ANSWERS}")
   sizes = Counter(g for g in group if g != NO_GROUP)
-  worth: Counter[int] = Counter()  # shares of right answers, added up over classes of a size
+  worth: defaultdict[int, float] = defaultdict(
+    float
+  )  # shares of right answers, added up over classes of a size
   for g, size in sizes.items():
     worth[size] += float(np.mean([c for h, c in zip(group, correct, strict=True) if h == g]))
   subsets = np.zeros(most + 1)
