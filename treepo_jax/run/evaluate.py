@@ -24,7 +24,6 @@ from treepo_jax.tasks import data, rewards
 
 STREAM = 1_000_000  # draws of an evaluation, apart from those of training rounds
 ANSWERS = "answers.jsonl"
-GRADER = "math"
 CONTINUES = ("mesh.", "train.", "eval.every")  # keys that change no answer
 # What a checkpoint's state is made of.
 TRAINED = ("model.path", "lora.rank", "lora.alpha", "lora.targets", "learn.kl", "learn.reference")
@@ -228,7 +227,7 @@ def _rows(rollout: collect.Rollout, unit: Unit, config) -> Iterator[dict]:
       "extracted": rollout.answers[b],
       "correct": rollout.correct[b],
       "tokens": tokens.tolist(),
-      "group": rewards.groups(rollout.answers[b], GRADER, config=config),
+      "group": rewards.groups(rollout.answers[b], prompt.grader, config=config),
     }
 
 

@@ -37,13 +37,15 @@ class Prompt:
   Attributes:
     id: u32 identity of the question: the same wherever and whenever it is asked.
     tokens: the prompt after the template, at most config.rollout.prompt_length.
-    dataset: name of the set that it is of; "" where sets have no names.
+    gold: the right answer, as `grader` reads it.
+    dataset: name of the set that it is of, "" where the set has none.
   """
 
   id: int
   text: str
   tokens: list[int]
   gold: str
+  grader: str = "math"
   dataset: str = ""
 
 
