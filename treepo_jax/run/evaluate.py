@@ -24,7 +24,7 @@ from treepo_jax.tasks import data, rewards
 
 STREAM = 1_000_000  # draws of an evaluation, apart from those of training rounds
 ANSWERS = "answers.jsonl"
-CONTINUES = ("mesh.", "train.", "eval.every")  # keys that change no answer
+CONTINUES = ("mesh.", "plan.", "train.", "eval.every")  # keys that change no answer
 # What a checkpoint's state is made of.
 TRAINED = ("model.path", "lora.rank", "lora.alpha", "lora.targets", "learn.kl", "learn.reference")
 
