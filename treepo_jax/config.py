@@ -15,6 +15,7 @@ ESTIMATORS = (
 FALLBACKS = ("random", "log_prob", "block", "inverse_block", "start", "disagree", "none")
 FALLBACK_SOURCES = ("answered", "boxed", "finished_first", "strict", "longest", "any")
 GRADERS = ("math", "countdown", "number")  # names that questions carry: tasks/rewards.py
+MOST_ANSWERS = 1000  # a prompt, in evaluation: subsets of more are too many for a float64
 PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
 TEMPLATES = ("plain", "boxed", "chat", "treepo")  # tasks/text.py
 
@@ -212,6 +213,15 @@ def default() -> ml_collections.ConfigDict:
   c.eval.every = 5  # steps between evaluations while training; 0: only before and after
   c.eval.temperature = 1.0  # 0: greedy; filters (rollout.top_k, top_p, min_p) are left out
   c.eval.sampling = "sequential"  # "sequential" | "tree" (the shape of rollout)
+  c.eval.chunk = 512  # prompts answered and saved at a time: what a kill costs at most
+  c.eval.bootstrap = 1000  # resamples a prompt of the paper's maj@k (section 4.1); 0: none
+  # Budget curve: evaluated again with so many answers a prompt, one by one, and as trees of so many
+  # branches of the prompt and of each node; () and (): no curve
+  c.eval.widths = ()
+  c.eval.branchings = ()  # of trees; those that a width does not exceed are left out there
+  # Weights of a training run: its workdir (the newest) or a folder of its checkpoints/; "": those
+  # of model.path
+  c.eval.checkpoint = ""
   return c.lock()
 
 
@@ -333,11 +343,29 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
     _at_least(c, key, 0)
   if c.plan.saving >= 1:
     raise UserError(f"config.plan.saving = {c.plan.saving}: must be below 1")
-  _positive(c, "eval.prompts", "eval.samples")
-  for key in ("eval.every", "eval.temperature"):
-    _at_least(c, key, 0)
-  _one_of(c, "eval.sampling", ("sequential", "tree"))
+  _check_eval(c)
   return ml_collections.FrozenConfigDict(c)
+
+
+def _check_eval(c: ml_collections.ConfigDict) -> None:
+  """Raises UserError for a wrong key of config.eval."""
+  _positive(c, "eval.prompts", "eval.samples", "eval.chunk")
+  for key in ("every", "temperature", "bootstrap"):
+    _at_least(c, f"eval.{key}", 0)
+  _one_of(c, "eval.sampling", ("sequential", "tree"))
+  for key in ("widths", "branchings"):
+    values = c.eval[key]
+    if not all(isinstance(v, int) and v > 0 for v in values) or len(set(values)) < len(values):
+      raise UserError(f"config.eval.{key} = {values}: different whole numbers above 0, or ()")
+  most = max(c.eval.samples, *c.eval.widths, 0)
+  if most > MOST_ANSWERS:
+    key = "samples" if c.eval.samples == most else "widths"
+    raise UserError(f"config.eval.{key}: {most} answers a prompt; at most {MOST_ANSWERS}")
+  if c.eval.branchings and not c.eval.widths:
+    raise UserError(
+      f"config.eval.branchings = {c.eval.branchings} needs config.eval.widths, how many answers a "
+      "prompt each of these trees has, for example (4, 8, 16)"
+    )
 
 
 def _check_policies(c: ml_collections.ConfigDict) -> None:

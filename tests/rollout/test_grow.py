@@ -94,7 +94,14 @@ def one_device():
   return mesh_lib.single()
 
 
-def run(shape: grow.Settings, asked: list[Prompt] | None = None, seed: int = 0, mesh=None):
+def run(
+  shape: grow.Settings,
+  asked: list[Prompt] | None = None,
+  seed: int = 0,
+  mesh=None,
+  judge: grow.Judge | None = None,
+  room: int = 0,
+):
   graph, params = policy()
   return grow.grow(
     params,
@@ -104,6 +111,8 @@ def run(shape: grow.Settings, asked: list[Prompt] | None = None, seed: int = 0, 
     table=table(),
     shape=shape,
     mesh=mesh or one_device(),
+    judge=judge,
+    room=room,
   )
 
 
@@ -390,6 +399,25 @@ def test_a_second_call_compiles_nothing(caplog):
   assert any("ompiling" in r.getMessage() for r in caplog.records)
 
 
+def test_fewer_prompts_run_the_programs_of_more(caplog):
+  """With room for more the trees are the same, and prompts lie alike on all eight devices."""
+  shape, asked, judged = settings(fallback="disagree"), prompts()[:6], set()
+  mesh = mesh_lib.create(config_lib.default())
+
+  def judge(ended):
+    judged.update(b for b, _ in ended)
+    return np.array([len(tokens) % 2 for _, tokens in ended], np.float32)
+
+  whole, _ = run(shape, mesh=mesh, judge=judge)
+  assert judged == set(range(9))
+  judged.clear()
+  with jax.log_compiles():
+    some, _ = run(shape, asked, mesh=mesh, judge=judge, room=9)
+    assert not any("Compiling jit(_start)" in r.getMessage() for r in caplog.records)
+  assert judged == set(range(6))
+  same(some, whole, order=range(6))
+
+
 def test_the_state_is_donated():
   shape = grow.fit(settings(), len(prompts()), one_device())
   graph, params = policy()
@@ -397,7 +425,7 @@ def test_the_state_is_donated():
   calls = programs.build(graph, jnp.dtype("float32"), shape, len(prompts()), one_device())
   params = jax.device_put(params, mesh_lib.replicated(one_device()))
   size = next(iter(calls.decode.used))
-  old, segment = calls.start(*grow._arrays(prompts(), 1, shape))
+  old, segment = calls.start(*grow._arrays(prompts(), 1, shape, len(prompts())))
   key = jax.random.key(0)
 
   def gone(state) -> bool:

@@ -264,6 +264,38 @@ def test_rollout_and_evaluate_write_their_files(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_is_evaluated_at_any_checkpoint_by_trees_and_one_by_one(finished, tmp_path):
+  """As drawn while training: the accuracy of the final weights is the last of the run."""
+  curve = ("--config.eval.widths=(1,4)", "--config.eval.branchings=(2,)")
+  newest = (f"--config.eval.checkpoint={finished}", "--mode=evaluate", *curve)
+  run(tmp_path / "newest", *newest)
+  summary = json.loads((tmp_path / "newest" / "summary.json").read_text())
+  trained = json.loads((finished / "summary.json").read_text())
+  assert summary["accuracy"] == pytest.approx(trained["accuracy_after"])
+  assert summary["weights"].endswith(f"checkpoints/{STEPS}")
+  alone, four, tree = summary["curve"]
+  assert (alone["width"], four["width"], tree["width"]) == (1, 4, 4) and tree["branching"] == 2
+  assert alone["tokens_decoded"] <= tree["tokens_decoded"] <= tree["tokens_path"]
+  assert alone["accuracy"] == summary["accuracy"] and 0 < tree["maj@4"] <= tree["pass@4"]
+
+  answers = tmp_path / "newest" / "answers.jsonl"
+  whole = answers.read_bytes()
+  answers.write_bytes(whole[: len(whole) // 2])  # as after a kill
+  assert "1 of 3 parts" in run(tmp_path / "newest", *newest)
+  again = json.loads((tmp_path / "newest" / "summary.json").read_text())
+  clock = lambda found: {k: v for k, v in found.items() if k not in ("seconds", "curve", "sets")}
+  assert answers.read_bytes() == whole and clock(again) == clock(summary)
+
+  named = f"--config.eval.checkpoint={finished}/checkpoints"
+  said = run(tmp_path / "newest", f"{named}/2", "--mode=evaluate", *curve, status=2)
+  assert "eval.checkpoint" in said
+  assert "holds 4, 5" in run(tmp_path / "none", f"{named}/99", "--mode=evaluate", status=2)
+  said = run(tmp_path / "lora", *newest, "--config.lora.rank=2", status=2)
+  assert "lora.rank = 0, now 2" in said
+  assert "another --workdir" in run(finished, *newest, status=2)
+
+
+@pytest.mark.slow
 def test_the_sequential_baseline_shares_nothing(tmp_path):
   run(tmp_path, "--config.rollout.initial=0", config="sequential")
   for m in figures(tmp_path):

@@ -84,3 +84,9 @@ def test_public_cases():
   boxed = [f"\\boxed{{{row['pred']}}}" for row in wrong]
   assert len(wrong) > 20
   assert not rewards.grade(boxed, [row["gold"] for row in wrong]).correct.any()
+
+
+def test_equal_answers_share_a_class():
+  answers = ["7", None, "07", r"\pi", "14/2", r"\pi ", "8", None]
+  classes = rewards.groups(answers, "math", config=config_lib.default())
+  assert classes == [0, -1, 0, 1, 0, 1, 2, -1]

@@ -113,21 +113,24 @@ def sequential(shape: Settings, samples: int, temperature: float) -> Settings:
 def with_width(shape: Settings, samples: int, temperature: float) -> Settings:
   """Returns the settings of a tree of `samples` answers, otherwise shaped like `shape`.
 
-  Tokens are drawn from the whole policy at `temperature`: filters are the rollout's alone.
+  Where all of `shape` leave the prompt, all of `samples` do. Tokens are drawn from the whole policy
+  at `temperature`: filters are the rollout's alone. A pool of pages that is given stays, or is that
+  of one tree if it is less.
   """
-  return dataclasses.replace(
+  apart = shape.branch.initial >= shape.width
+  wide = dataclasses.replace(
     shape,
     width=samples,
     branch=dataclasses.replace(
       shape.branch,
-      initial=min(shape.branch.initial, samples),
-      initial_max=min(shape.branch.initial_max, samples),
+      initial=samples if apart else min(shape.branch.initial, samples),
+      initial_max=samples if apart else min(shape.branch.initial_max, samples),
     ),
-    pages=0,
     decoder=dataclasses.replace(
       shape.decoder, temperature=temperature, top_k=0, top_p=1.0, min_p=0.0
     ),
   )
+  return dataclasses.replace(wide, pages=shape.pages and max(shape.pages, wide.pages_of_tree))
 
 
 def grow(
@@ -141,23 +144,26 @@ def grow(
   mesh: Mesh,
   heat: float = 1.0,
   judge: Judge | None = None,
+  room: int = 0,
 ) -> tuple[tree_lib.Tree, dict[str, float]]:
   """Grows one tree a prompt and returns them, in the prompts' order on the host, with the cost.
 
   prompts: items with `.id` (identity, u32) and `.tokens`. key: folded from seed and step. table:
   the box automaton over token ids. heat: temperature of the allocation by log-prob. judge: rewards
-  trajectories; needed, and asked after each segment, where a policy goes by reward. Raises
+  trajectories; needed, and asked after each segment, where a policy goes by reward. room: prompts
+  that programs are compiled for at least, so that fewer run those of more. Raises
   UserError where the page pool cannot hold one tree, ValueError where a judge is missing.
   """
   if shape.judged and judge is None:
     raise ValueError("rollout.prune = 'reward' and rollout.fallback = 'disagree' need a judge")
-  count = -(-len(prompts) // mesh_lib.shards(mesh))  # prompts a shard
+  own = -(-len(prompts) // mesh_lib.shards(mesh))  # prompts a shard; its others are padding
+  count = max(own, -(-room // mesh_lib.shards(mesh)))
   shape = fit(shape, count, mesh)
   calls = programs.build(graph, params["embed"].dtype, shape, count, mesh)
   params = jax.device_put(params, mesh_lib.shardings(params, mesh, over=("tensor",)))
   table = jax.device_put(table, mesh_lib.replicated(mesh))
   layers = calls.unstack(params) if shape.unroll else None  # once a rollout, not once a segment
-  growth, segment = calls.start(*_arrays(prompts, mesh_lib.shards(mesh), shape))
+  growth, segment = calls.start(*_arrays(prompts, mesh_lib.shards(mesh), shape, count))
   reward = np.zeros((mesh_lib.shards(mesh), count, shape.width), np.float32)
   seen = np.zeros(reward.shape[0] * count, int)
   split = NamedSharding(mesh, PartitionSpec(mesh_lib.BATCH_AXES))
@@ -165,7 +171,7 @@ def grow(
   while True:
     if shape.judged and judge is not None:
       growth = calls.take(growth, segment, key)
-      reward = _judged(growth.tree, reward, seen, judge)
+      reward = _judged(growth.tree, reward, seen, judge, own)
       growth, need = calls.plan(growth, reward, key, warmth)
     else:
       growth, need = calls.advance(growth, segment, unjudged, key, warmth)
@@ -179,18 +185,24 @@ def grow(
   return _finish(growth, tree, len(prompts), graph, params, shape)
 
 
-def _judged(tree: tree_lib.Tree, reward: np.ndarray, seen: np.ndarray, judge: Judge) -> np.ndarray:
+def _judged(
+  tree: tree_lib.Tree, reward: np.ndarray, seen: np.ndarray, judge: Judge, own: int
+) -> np.ndarray:
   """Returns the rewards [shards, B, W] with those of the trajectories that have ended since.
 
-  seen: trajectories of each tree that were judged before; counted up.
+  seen: trajectories of each tree that were judged before; counted up. own: prompts a shard.
   """
+  count = reward.shape[1]
   tree = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.device_get(tree))
   slots = np.arange(tree.leaves.shape[1])[None]
   owner, slot = np.nonzero((tree.leaves != tree_lib.NO_ROW) & (slots >= seen[:, None]))
   if not owner.size:
     return reward
   rows = tree.leaves[owner, slot]
-  ended = [(b, tree_lib.response(tree, b, w)) for b, w in zip(owner.tolist(), rows, strict=True)]
+  ended = [
+    (b // count * own + b % count, tree_lib.response(tree, b, w))
+    for b, w in zip(owner.tolist(), rows.tolist(), strict=True)
+  ]
   flat = np.array(reward).reshape(tree.leaves.shape)
   flat[owner, slot] = judge(ended)
   seen += np.bincount(owner, minlength=seen.size)
@@ -211,27 +223,30 @@ def fit(shape: Settings, prompts: int, mesh: Mesh) -> Settings:
   return dataclasses.replace(shape, groups=groups, pages=pages, decoder=decoder)
 
 
-def _arrays(prompts: Sequence, shards: int, shape: Settings) -> tuple[np.ndarray, ...]:
-  """Returns tokens, length, identity of the prompts and which are real, [shards, B, ...]."""
-  count = -(-len(prompts) // shards)  # prompts a shard; the last are padding
-  tokens = np.zeros((shards * count, shape.prompt_length), np.int32)
-  length = np.ones(shards * count, np.int32)
-  identity = np.zeros(shards * count, np.uint32)
+def _arrays(prompts: Sequence, shards: int, shape: Settings, count: int) -> tuple[np.ndarray, ...]:
+  """Returns tokens, length, identity of the prompts and which are real, [shards, count, ...]."""
+  own = -(-len(prompts) // shards)
+  tokens = np.zeros((shards, count, shape.prompt_length), np.int32)
+  length = np.ones((shards, count), np.int32)
+  identity = np.zeros((shards, count), np.uint32)
+  real = np.zeros((shards, count), bool)
   for i, prompt in enumerate(prompts):
     if not 0 < len(prompt.tokens) <= shape.prompt_length:
       raise UserError(
         f"prompt {prompt.id} has {len(prompt.tokens)} tokens; config.rollout.prompt_length = "
         f"{shape.prompt_length} allows 1 to {shape.prompt_length}: raise it or drop the prompt"
       )
-    tokens[i, : len(prompt.tokens)] = prompt.tokens
-    length[i], identity[i] = len(prompt.tokens), prompt.id
-  real = np.arange(shards * count) < len(prompts)
-  return tuple(x.reshape(shards, count, *x.shape[1:]) for x in (tokens, length, identity, real))
+    at = divmod(i, own)
+    tokens[at][: len(prompt.tokens)] = prompt.tokens
+    length[at], identity[at], real[at] = len(prompt.tokens), prompt.id, True
+  return tokens, length, identity, real
 
 
 def _finish(growth: Growth, tree, count: int, graph: nnx.GraphDef, params: dict, shape: Settings):
   """Returns the trees on the host, without padding, and what they cost."""
-  tree = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], jax.device_get(tree))
+  own = -(-count // growth.real.shape[0])
+  whole = lambda x: x[:, :own].reshape(-1, *x.shape[2:])[:count]
+  tree = jax.tree.map(whole, jax.device_get(tree))
   counters = jax.tree.map(lambda x: float(np.sum(x)), jax.device_get(growth.counters))
   arch = transformer.architecture(graph)
   per_token = 2 * arch.layers * arch.kv_heads * arch.head_dim * params["embed"].dtype.itemsize

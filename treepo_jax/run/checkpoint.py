@@ -46,12 +46,12 @@ class Checkpoints:
       if step not in self._manager.all_steps():
         self._manager.save(step, args=args)
 
-  def restore(self, like: Any) -> tuple[Any, int]:
-    """Returns the newest (state, data position), laid out like `like`.
+  def restore(self, like: Any, step: int | None = None) -> tuple[Any, int]:
+    """Returns (state, data position) after `step` steps, or the newest, laid out like `like`.
 
     Raises UserError naming the checkpoint where it is damaged or of another model.
     """
-    step = self._manager.latest_step()
+    step = self._manager.latest_step() if step is None else step
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
     try:
@@ -71,6 +71,27 @@ class Checkpoints:
     with _writing(self.path):
       self._manager.wait_until_finished()
       self._manager.close()
+
+
+def find(path: str | Path) -> tuple[Path, int]:
+  """Returns workdir and step of the checkpoint in folder `path`, or of the newest of a workdir.
+
+  Raises UserError where there is none.
+  """
+  path = Path(path)
+  workdir = path.parents[1] if path.parent.name == NAME else path
+  steps = [int(p.name) for p in (workdir / NAME).glob("*") if p.name.isdecimal()]
+  if not steps:
+    raise UserError(
+      f"{path}: no checkpoints there; name the workdir of a training run, or one of the folders in "
+      f"its {NAME}/"
+    )
+  if workdir == path:
+    return workdir, max(steps)
+  if path.name not in map(str, steps):
+    held = ", ".join(map(str, sorted(steps)))
+    raise UserError(f"{path}: no such checkpoint; {workdir / NAME} holds {held}")
+  return workdir, int(path.name)
 
 
 class _writing:

@@ -49,10 +49,11 @@ def collect(
   shape: grow.Settings,
   config,
   step: int = 0,
+  room: int = 0,
 ) -> Rollout:
   """Grows a tree a prompt, grades every trajectory and counts what it cost.
 
-  step: of training; the temperature of branching by log-prob may follow it.
+  step: of training; the temperature of branching by log-prob may follow it. room: of grow.
   """
   begun = time.perf_counter()
   longest, heat = shape.response_length, branching.heat(step, config)
@@ -73,6 +74,7 @@ def collect(
     mesh=setup.mesh,
     heat=heat,
     judge=judge,
+    room=room,
   )
   grown = time.perf_counter()
   owner, slot = np.nonzero(tree.leaves != tree_lib.NO_ROW)

@@ -43,7 +43,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
   """
   path = Path(path)
   temporary = path.with_name(f".{path.name}.part")
-  with _naming(path):
+  with naming(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
       yield temporary
@@ -53,8 +53,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-  """Turns what the system says of a file into what the user can do about it."""
+def naming(path: Path) -> Iterator[None]:
+  """Turns what the system says of a file that is written into what the user can do about it."""
   try:
     yield
   except OSError as error:
@@ -75,7 +75,7 @@ class Writer:
   def __init__(self, workdir: str | Path, start_step: int):
     """Raises UserError where the file cannot be written, or an earlier line cannot be read."""
     self.path = Path(workdir) / NAME
-    with _naming(self.path):
+    with naming(self.path):
       kept = [r for r in read(self.path) if r["step"] < start_step] if self.path.exists() else []
       with replacing(self.path) as temporary:
         temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
@@ -83,12 +83,12 @@ class Writer:
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Appends {"step": step, **metrics} and flushes; scalars of numpy and jax are taken too."""
-    with _naming(self.path):
+    with naming(self.path):
       self._file.write(_line({"step": step, **metrics}))
       self._file.flush()
 
   def close(self) -> None:
-    with _naming(self.path):
+    with naming(self.path):
       self._file.close()
 
   def __enter__(self):

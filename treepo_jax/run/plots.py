@@ -1,4 +1,4 @@
-"""The pictures of a training run, made from the records of its metrics.jsonl.
+"""The pictures of a run: of training from its metrics.jsonl, of an evaluation from its summary.
 
 Drawn without a display and without matplotlib's global state, so that they can be made anywhere.
 """
@@ -14,9 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from treepo_jax.run import metrics as metrics_lib
+from treepo_jax.run import scores
 
 # Okabe and Ito's palette: told apart with every kind of colour vision, and in grey.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#8A8F98"
+_MORE = ("#CC79A7", "#E69F00", "#56B4E9")
 
 _STYLE: dict[Any, Any] = {
   "font.family": "sans-serif",
@@ -112,6 +114,99 @@ def plot_saving(metrics: Sequence[dict], path: str | Path) -> None:
       axes.xaxis.set_major_locator(_whole())
       axes.legend(loc="best")
     _save(figure, path)
+
+
+def plot_evaluation(summary: dict[str, Any], path: str | Path) -> None:
+  """Draws accuracy by set with 95 % intervals, and pass@k and maj@k against k, as PNG.
+
+  `summary`: of results.summarise. Raises UserError where `path` cannot be written.
+  """
+  k = ks(summary)
+  rows = list(summary["sets"].items())
+  rows += [("Overall", summary)] if len(rows) > 1 else []
+  with matplotlib.rc_context(_STYLE):
+    figure = Figure(figsize=(9, max(3.6, 1.4 + 0.5 * len(rows))), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    y = np.arange(len(rows))[::-1]
+    kinds = [("accuracy", f"mean of {k[-1]}", _BLUE, "o")]
+    if k[-1] > 1:
+      kinds += [(f"maj@{k[-1]}", f"maj@{k[-1]}", _ORANGE, "s")]
+      kinds += [(f"pass@{k[-1]}", f"pass@{k[-1]}", _GREEN, "D")]
+    for i, (metric, label, color, marker) in enumerate(kinds):
+      low, mean, high = _bounds([found for _, found in rows], metric)
+      place = y + 0.16 * ((len(kinds) - 1) / 2 - i)
+      spread = [mean - low, high - mean]
+      left.errorbar(mean, place, xerr=spread, fmt=marker, color=color, ms=5, capsize=2, label=label)
+    left.set(title="By set, 95 % intervals", xlabel="share right", xlim=(-0.02, 1.02))
+    left.set_yticks(y, [f"{name} ({found['prompts']})" for name, found in rows])
+    left.set_ylim(-0.6, len(rows) - 0.4)
+    left.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=len(kinds))
+    for name, color in (("pass", _GREEN), ("maj", _ORANGE)):
+      low, mean, high = np.array([_bounds([summary], f"{name}@{x}") for x in k])[..., 0].T
+      right.plot(k, mean, "o-", color=color, ms=4, label=f"{name}@k")
+      right.fill_between(k, low, high, color=color, alpha=0.15, linewidth=0)
+    right.set(title="All prompts, by answers counted", xlabel="k", ylabel="share right")
+    right.set_xscale("log", base=2)
+    right.set_xticks(k, [str(x) for x in k])
+    right.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    right.legend(loc="best")
+    _save(figure, path)
+
+
+def plot_budget(curve: Sequence[dict], path: str | Path) -> None:
+  """Draws maj@n and pass@n against tokens decoded a prompt, a line for each way to sample, as PNG.
+
+  `curve`: rows of results.summarise; the n of a point stands beside it. Answers that are drawn one
+  by one have a second line, at what they cost where each decodes its shared tokens by itself.
+  Raises UserError where `path` cannot be written.
+  """
+  lines: dict[tuple[str, str, str], list[dict]] = {}
+  colors = [_ORANGE, _GREEN, *_MORE]
+  for branching in sorted({p["branching"] for p in curve if p["sampling"] == "tree"}):
+    label = f"tree, b = {branching}" if branching else "tree"
+    key = (label, "tokens_decoded", colors[len(lines) % len(colors)])
+    lines[key] = [p for p in curve if (p["sampling"], p["branching"]) == ("tree", branching)]
+  alone = [p for p in curve if p["sampling"] == "sequential"]
+  lines[("independent, shared once", "tokens_decoded", _BLUE)] = alone
+  lines[("independent, each by itself", "tokens_path", _GREY)] = alone
+  with matplotlib.rc_context(_STYLE):
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, name, title in zip(panels, ("maj", "pass"), ("maj@n", "pass@n"), strict=True):
+      for (label, cost, color), found in lines.items():
+        if not found:
+          continue
+        points = sorted(found, key=lambda p: p["width"])
+        bounds = [_bounds([p], f"{name}@{ks(p)[-1]}") for p in points]
+        low, mean, high = np.array(bounds)[..., 0].T
+        x = [p[cost] / p["prompts"] for p in points]
+        axes.errorbar(
+          x, mean, yerr=[mean - low, high - mean], fmt="o-", color=color, ms=4, capsize=2,
+          elinewidth=0.8, label=label,
+        )  # fmt: skip
+        for p, at in zip(points, zip(x, mean, strict=True), strict=True):
+          axes.annotate(str(p["width"]), at, xytext=(4, 4), textcoords="offset points", fontsize=7)
+      axes.set(title=title, xlabel="tokens decoded a prompt")
+      axes.set_xscale("log", base=2)
+      axes.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
+      axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    _save(figure, path)
+
+
+def ks(found: dict[str, Any]) -> list[int]:
+  """Returns the k of all maj@k that a summary has."""
+  return sorted(int(metric.removeprefix("maj@")) for metric in found if metric.startswith("maj@"))
+
+
+def _bounds(found: Sequence[dict], metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns lower ends, means and upper ends of the 95 % intervals; of one prompt they are one."""
+  mean = np.array([f[metric] for f in found])
+  error = np.array([f["standard_errors"][metric] or 0.0 for f in found])
+  width = scores.NORMAL_95 * error
+  return np.clip(mean - width, 0, 1), mean, np.clip(mean + width, 0, 1)
 
 
 def _whole() -> MaxNLocator:

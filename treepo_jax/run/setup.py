@@ -76,20 +76,22 @@ def key(config: ml_collections.FrozenConfigDict, step: int, stream: int) -> jax.
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), stream)
 
 
-def claim(workdir: Path, config: ml_collections.FrozenConfigDict) -> None:
+def claim(
+  workdir: Path,
+  config: ml_collections.FrozenConfigDict,
+  continues: tuple[str, ...] = CONTINUES,
+) -> None:
   """Makes the workdir and writes config.json, every key resolved.
 
-  Raises UserError where the workdir holds a run whose steps were taken under other values.
+  Raises UserError where the workdir holds a run whose steps were taken under other values of keys
+  that do not begin with one of `continues`.
   """
   path = workdir / "config.json"
-  now = _flat(json.loads(config.to_json_best_effort()))
+  now = flat(config)
   if path.exists():
-    try:
-      old = _flat(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-      raise UserError(f"{path} is not JSON: move it away or give another --workdir") from error
+    old = stored(path)
     changed = [k for k in now if k not in old or old[k] != now[k]]
-    changed = [k for k in changed if not k.startswith(CONTINUES)]
+    changed = [k for k in changed if not k.startswith(continues)]
     if changed and (workdir / metrics_lib.NAME).exists():
       k = changed[0]
       raise UserError(
@@ -98,6 +100,21 @@ def claim(workdir: Path, config: ml_collections.FrozenConfigDict) -> None:
       )
   with metrics_lib.replacing(path) as temporary:
     temporary.write_text(config.to_json_best_effort(indent=2) + "\n", encoding="utf-8")
+
+
+def stored(path: Path) -> dict[str, Any]:
+  """Returns {"rollout.depth": 7, ...} of a config.json; raises UserError if it cannot be read."""
+  try:
+    return _flat(json.loads(path.read_text(encoding="utf-8")))
+  except OSError as error:
+    raise UserError(f"{path}: {error.strerror}; each workdir of a run has that file") from error
+  except ValueError as error:
+    raise UserError(f"{path} is not JSON: move it away or give another --workdir") from error
+
+
+def flat(config: ml_collections.FrozenConfigDict) -> dict[str, Any]:
+  """Returns {"rollout.depth": 7, ...}, values as JSON has them."""
+  return _flat(json.loads(config.to_json_best_effort()))
 
 
 def summarise(

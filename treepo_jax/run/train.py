@@ -63,7 +63,7 @@ def run(config, workdir: Path) -> dict | None:
       metrics = {}
       params = update.weights(state, config, policy.mesh)
       if step == 0 or (config.eval.every and step % config.eval.every == 0):
-        metrics["eval/accuracy"] = evaluate.accuracy(params, heldout, policy=policy, config=config)
+        metrics |= evaluate.accuracy(params, heldout, policy=policy, config=config)
       evaluated = time.perf_counter()
       state, position, figures = _step(
         state, params, position, step, source, policy, config, workdir
@@ -82,9 +82,7 @@ def run(config, workdir: Path) -> dict | None:
     begun = time.perf_counter()
     params = update.weights(state, config, policy.mesh)
     after = evaluate.accuracy(params, heldout, policy=policy, config=config)
-    writer.write(
-      config.train.steps, {"eval/accuracy": after, "time/evaluate": time.perf_counter() - begun}
-    )
+    writer.write(config.train.steps, after | {"time/evaluate": time.perf_counter() - begun})
   checkpoints.close()
   return _conclude(workdir, len(heldout), config)
 
