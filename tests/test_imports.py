@@ -57,6 +57,7 @@ ORDER = (
   "run.layout",
   "run.view",
   "run.checkpoint",
+  "run.grade",
   "run.setup",
   "run.collect",
   "run.records",

@@ -112,7 +112,7 @@ def neighbouring_boxes(text: str) -> str | None:
 
 def is_prose(text: str) -> bool:
   """Returns whether a text without a box is a sentence with an answer in it, not the answer."""
-  text = _WORDS.sub("", undelimited(without_percent(text)))
+  text = _WORDS.sub("", _TEXT.sub(r"\\text", undelimited(without_percent(text))))
   if _DELIMITER.search(text):
     return bool(_OUTSIDE.search(_SEPARATOR.sub("", _FORMULA.sub("", text))))
   return bool(_PROSE.search(_SEPARATOR.sub("", text)))

@@ -233,9 +233,9 @@ def _decide(gold: str, found: tuple[str | None, bool], grader: str, config) -> b
     return normalise(answer) == normalise(gold)
   if config.reward.policy != "strict":
     return None
-  if bare and answers_lib.is_prose(answer) or answers_lib.is_prose(gold):
-    return None
-  return answers_lib.decide(gold, answer, config.reward.tolerance)
+  verdict = answers_lib.decide(gold, answer, config.reward.tolerance)
+  sentence = not verdict and (bare and answers_lib.is_prose(answer) or answers_lib.is_prose(gold))
+  return None if sentence else verdict
 
 
 @functools.lru_cache(maxsize=4096)

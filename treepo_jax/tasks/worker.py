@@ -35,13 +35,13 @@ def main(reader: int, writer: int, name: str, memory: int, start: float) -> None
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   signal.signal(signal.SIGALRM, signal.SIG_DFL)
   try:
-    function = _timed(start, load, name)
+    try:
+      function = _timed(start, load, name)
+    except Exception:
+      replies.send((FAILED, _last_line()))
+      return
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     replies.send((READY, None))
-  except Exception:
-    replies.send((FAILED, _last_line()))
-    return
-  try:
     while True:
       for arguments, seconds in calls.recv():
         _serve(replies, function, arguments, seconds)
