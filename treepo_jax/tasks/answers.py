@@ -9,9 +9,13 @@ The strict policy, which README.md states as a table:
   `1\frac12` are mixed numbers; `1.5e3`, `1.5 \times 10^3` and `1.5 thousand` are 1500;
 - a percent sign, a currency sign, a degree sign and a unit after a number are left out on both
   sides: `50\%` is 50 and not 0.5, `10 \text{ cm}` is 10. Degrees in a trigonometric function count;
-- a list `1, 2`, with commas, semicolons, `and`, `or`, has no order, as a set `\{1, 2\}` has none; a
-  tuple, a vector `(1, 2)`, `[1, 2]` or a column has one; an interval has its kinds of ends;
+- a list `1, 2`, with commas, semicolons, `and`, `or`, has no order, as a set `\{1, 2\}` has none,
+  and what it repeats counts once; a tuple, a vector `(1, 2)`, `[1, 2]` or a column has one; an
+  interval has its kinds of ends;
 - `x = 5` and `x \in [0, 1]` are worth 5 and [0, 1]; another variable in the gold answer is wrong;
+- a number with its base, `52_8`, is that number in that base and nothing else;
+- formulas are equal where they are the same function of the same variables; `i` is the imaginary
+  unit, `e` is Euler's number, letters have no case;
 - words are compared as words, without case and `\text`; a choice is `C`, `(C)` or `\text{(C)}`.
 """
 
@@ -53,16 +57,22 @@ _SPACE = re.compile(r"(?<!\\)\\[;:> ]|\\q?quad(?![a-zA-Z])|~|\\(?:h|v)space\{[^{
 _FRAC = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _SHORT_FRAC = re.compile(r"\\frac ?(?:([0-9])|(\{[^{}]*\})) ?(?:([0-9])|(\{[^{}]*\}))")
 _SHORT_ROOT = re.compile(r"\\sqrt ?([0-9a-zA-Z])")
-_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|mathit|rm|operatorname)(?![a-z])")
+_TEXT = re.compile(
+  r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|mathit|rm|operatorname)(?![a-z])"
+)
 _WORDS = re.compile(r"\\text ?\{([^{}]*)\}")
 _JOINED = re.compile(r" ?,? ?\\text ?\{ ?,? ?(?:and|or) ?\} ?| ?,? (?:and|or) | ?; ?")
 _DEGREE = re.compile(r" ?\^ ?(?:\\circ(?![a-zA-Z])|\{ ?\\circ ?\})|\\degree(?![a-zA-Z])")
 _TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _ANGLE = re.compile(rf"({_DECIMAL}) ?(?:\^ ?(?:\\circ(?![a-zA-Z])|\{{ ?\\circ ?\}})|\\degree)")
-_PERCENT = re.compile(r" ?\\?%| ?\\text ?\{ ?(?:percent(?:age)?|pct) ?\}| (?:percent(?:age)?|pct)\b")
+_PERCENT = re.compile(
+  r" ?\\?%| ?\\text ?\{ ?(?:percent(?:age)?|pct) ?\}| (?:percent(?:age)?|pct)\b"
+)
 _CURRENCY = re.compile(r"^([+-]?) ?[$€£¥] ?(?=[0-9.])")
 _SCALE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SCALED = re.compile(rf"(.*[0-9}}]) ?(?:\\text ?\{{ ?({'|'.join(_SCALE)}) ?\}}|({'|'.join(_SCALE)}))")
+_SCALED = re.compile(
+  rf"(.*[0-9}}]) ?(?:\\text ?\{{ ?({'|'.join(_SCALE)}) ?\}}|({'|'.join(_SCALE)}))"
+)
 _UNIT = (
   r"(?:square |cubic |sq\.? |cu\.? )?(?:unit|point|degree|dollar|cent|cm|mm|km|kg|mg|ml|lb|ft|mi"
   r"|inch|inche|foot|feet|yard|mile|meter|metre|centimeter|centimetre|kilometer|kilometre"
@@ -70,11 +80,15 @@ _UNIT = (
   r"|minute|min|second|sec|day|week|month|year|radian|people|student|way|time|digit|step|number)s?\.?"
 )
 _POWER = r"(?: ?\^ ?(?:[0-9]|\{ ?[0-9] ?\}))?"
-_BARE_UNIT = re.compile(rf"(.*[0-9}}]) ?(?:{_UNIT}){_POWER}(?: ?/ ?(?:{_UNIT}){_POWER}| per [a-z]+)?")
+_BARE_UNIT = re.compile(
+  rf"(.*[0-9}}]) ?(?:{_UNIT}){_POWER}(?: ?/ ?(?:{_UNIT}){_POWER}| per [a-z]+)?"
+)
 _TEXT_UNIT = re.compile(
   rf"(.*[0-9a-zA-Z}})\]]) ?\\text ?\{{ ?[a-zA-Z°][a-zA-Z°. ,/^0-9-]* ?\}}{_POWER}"
   rf"(?: ?/ ?\\text ?\{{[a-zA-Z ]*\}}{_POWER})?"
 )
+_BASED = re.compile(r"[0-9][0-9A-Fa-f]* ?_ ?(?:[0-9]|\{ ?[0-9]{1,2} ?\})")
+_BARE_WORD = re.compile(r"(?!infinity$)[A-Za-z]{4,}")
 _CHOICE = re.compile(r"\(?([A-Z])\)?\.?")
 _WORD = re.compile(r"[^\W\d_][^\W\d_'-]+(?: [^\W\d_'-]+)*")
 _DELIMITER = re.compile(r"(?<!\\)\$|\\[()\[\]]")
@@ -92,7 +106,7 @@ def before_end(text: str) -> str:
 
 
 def boxes(text: str) -> list[str]:
-  r"""Returns what stands in the complete outermost `\boxed{...}` of a text, in order."""
+  r"""Returns what stands in the complete innermost `\boxed{...}` of a text, in order."""
   return [content for content, _, _ in _boxes(text)]
 
 
@@ -105,7 +119,7 @@ def neighbouring_boxes(text: str) -> str | None:
   end = -1
   for content, begin, close in _boxes(text):
     between = _SEPARATOR.sub("", _DELIMITER.sub("", text[end:begin])) if last else ""
-    last = [*last, content] if not between.strip(" ,;.\n") else [content]
+    last = [*last, content] if not between.strip(" ,;.{}\n") else [content]
     end = close
   return ", ".join(last) if last else None
 
@@ -199,6 +213,8 @@ def key(tidied: str) -> Fraction | str:
   value = number(tidied)
   if value is not None:
     return value
+  if _BASED.fullmatch(tidied):
+    return re.sub(r"[{} ]", "", tidied)
   text = _WORDS.sub(r"\1", tidied).strip().rstrip(".")
   if choice := _CHOICE.fullmatch(text):
     return choice[1]
@@ -217,9 +233,8 @@ def decide(gold: str, answer: str, tolerance: float) -> bool | None:
     return True
   if isinstance(left.key, Fraction) and isinstance(right.key, Fraction):
     return abs(left.key - right.key) <= Fraction(tolerance) * abs(left.key)
-  if left.word or right.word or len(answer) > LONGEST:
-    return False
-  return None
+  apart = left.text_alone or right.text_alone or len(answer) > LONGEST
+  return False if apart else None
 
 
 def share(answer: str) -> Fraction | str:
@@ -229,39 +244,41 @@ def share(answer: str) -> Fraction | str:
 
 @dataclasses.dataclass(frozen=True)
 class _Reading:
+  """An answer as it is compared: in one spelling, and whether only its text can make it equal."""
+
   text: str
   key: Fraction | str
-  word: bool
+  text_alone: bool
 
 
 @functools.lru_cache(maxsize=4096)
 def _read(answer: str) -> _Reading:
   if len(answer) > LONGEST:
-    return _Reading(answer, "".join(answer.split()), word=False)
+    return _Reading(answer, "".join(answer.split()), text_alone=False)
   tidied = tidy(answer)
-  return _Reading(tidied, key(tidied), word(tidied))
+  based = bool(_BASED.fullmatch(tidied))
+  return _Reading(tidied, key(tidied), text_alone=based or is_word(tidied))
 
 
-def word(tidied: str) -> bool:
-  r"""Returns whether a tidied answer is words and no formula: `\text{east}`."""
+def is_word(tidied: str) -> bool:
+  r"""Returns whether a tidied answer is words and no formula: `\text{east}`, `Monday`.
+
+  As formulas they would be products of letters, and `east` would be `seat`.
+  """
   whole = _WORDS.fullmatch(tidied)
-  return bool(whole and _WORD.fullmatch(whole[1].strip()))
+  return bool(whole and _WORD.fullmatch(whole[1].strip()) or _BARE_WORD.fullmatch(tidied))
 
 
 def _boxes(text: str) -> list[tuple[str, int, int]]:
-  """Returns the complete outermost boxes: what stands in each, where it begins and ends."""
+  """Returns the complete innermost boxes: what stands in each, where it begins and ends."""
   found: list[tuple[str, int, int]] = []
   opened: list[tuple[int, int]] = []  # where an open box and its content begin; -1 for other braces
-  around = 0  # boxes that are open
   for match in re.finditer(r"\\boxed ?{|[{}]", text):
     if match.group() != "}":
-      boxed = match.group() != "{"
-      opened.append((match.start(), match.end() if boxed else -1))
-      around += boxed
+      opened.append((match.start(), -1 if match.group() == "{" else match.end()))
     elif opened:
       begin, content = opened.pop()
-      around -= content >= 0
-      if content >= 0 and not around:
+      if content >= 0 and not (found and found[-1][1] > begin):
         found.append((text[content : match.start()], begin, match.end()))
   return found
 

@@ -1,9 +1,9 @@
 r"""Countdown: an arithmetic expression that uses given numbers once each and equals a target.
 
-The gold answer is the JSON text {"nums": [3, 7, 25], "target": 46}. An answer is read by a parser of
-its own, never evaluated as code: + - * / and parentheses, with `\times`, `\cdot`, `\div`,
-`\frac{a}{b}`, `\left(`, `\right)`, `×`, `÷` and `x` between numbers for them, and `= 46` at its end
-if that is the target. Values are exact fractions.
+The gold answer is the JSON text {"nums": [3, 7, 25], "target": 46}. An answer is read by a parser
+of its own, never evaluated as code: + - * / and parentheses, with `\times`, `\cdot`, `\div`,
+`\frac{a}{b}`, `\left(`, `\right)`, `×`, `÷` and `x` between numbers for them, and `= 46` at its
+end if that is the target. Values are exact fractions.
 """
 
 import json

@@ -37,8 +37,8 @@ class Grades:
     correct: whether each answer is right.
     extracted: what stood in each answer's last complete box; None where there is no box.
     status: of each answer "graded", or why it could not be: "gold" (an empty gold answer, or one
-      that its grader cannot read), "timeout", "crash" (its worker ended twice), "error" (math-verify
-      or the user's function raised). An answer that could not be graded counts as wrong.
+      that its grader cannot read), "timeout", "crash" (its worker ended twice), "error" (the
+      engine or the user's function raised). An answer that could not be graded counts as wrong.
     value: rewards that the user's function gave, instead of those for right and wrong; else None.
   """
 
@@ -197,7 +197,7 @@ def _extract(text: str, bare: bool, extract: str) -> tuple[str | None, bool]:
 def _verdicts(
   pairs: list[tuple[str, tuple[str | None, bool], str]], cheap: bool, config
 ) -> list[bool | str]:
-  """Returns what becomes of each (gold answer, (answer, bare), grader): equal ones are asked once."""
+  """Returns what becomes of each (gold answer, (answer, bare), grader); equal ones are one."""
   verdicts = {pair: _decide(*pair, config) for pair in dict.fromkeys(pairs)}
   asked = [pair for pair, verdict in verdicts.items() if verdict is None]
   if asked and not cheap:

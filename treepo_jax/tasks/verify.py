@@ -97,6 +97,7 @@ def _as_numbers(golds: list[Any], found: list[Any], tolerance: float) -> bool | 
   agreed = False
   for shift, sign in POINTS if names else POINTS[:1]:
     point = {name: sign**k * (shift + ROOTS[k % len(ROOTS)]) for k, name in enumerate(names, 1)}
+    point |= {name: sympy.I for name in names if name.name == "i"}
     left, right = (e.doit().evalf(DIGITS, subs=point) for e in (gold, answer))
     if not all(e.is_finite and e.is_number and not e.free_symbols for e in (left, right)):
       continue
