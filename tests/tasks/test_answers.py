@@ -135,7 +135,9 @@ def test_a_megabyte_of_braces_is_read_once(text):
   assert answers.decide("7", text, 0.0) is False
 
 
-@pytest.mark.parametrize("piece", ["1 ", "{", "\\text{a", "1,", "a b", "$", "9 \\text", "^", "\\frac"])
+@pytest.mark.parametrize(
+  "piece", ["1 ", "{", "\\text{a", "1,", "a b", "$", "9 \\text", "^", "\\frac"]
+)
 def test_reading_takes_no_longer_than_its_text(piece):
   """No expression of this module looks back and back: the longest answer is read at once."""
   answers.decide("7", piece * (answers.LONGEST // len(piece)), 0.0)

@@ -5,9 +5,7 @@ import time
 
 def length(texts, golds, prompts):
   """A reward for each text: its length, less where its prompt is not the gold answer."""
-  return [
-    len(t) - (0.5 if g != p else 0.0) for t, g, p in zip(texts, golds, prompts, strict=True)
-  ]
+  return [len(t) - (0.5 if g != p else 0.0) for t, g, p in zip(texts, golds, prompts, strict=True)]
 
 
 def verdict(texts, golds, prompts):
