@@ -18,6 +18,7 @@ ORDER = (
   "model.hf_config",
   "model.weights",
   "tasks.arithmetic",
+  "tasks.closed_form",
   "tasks.answers",
   "tasks.expression",
   "tasks.verify",

@@ -16,8 +16,8 @@ from treepo_jax.tasks import answers, rewards, text
 
 HERE = "tests.tasks.user_rewards"
 
-# Cases of grader_cases.jsonl, by line, whose verdict is plain mathematics but which the stated policy
-# leaves out, and those it covers and judges otherwise.
+# Cases of grader_cases.jsonl, by line, whose verdict is plain mathematics but which the stated
+# policy leaves out, and those it covers and judges otherwise.
 NOT_COVERED = {
   4: "1,22 is a list of two numbers: a decimal comma is not read",
   63: "0.3333 is not 1/3: numbers are exact (the source rounds to 4 digits)",

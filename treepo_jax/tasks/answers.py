@@ -24,6 +24,8 @@ import functools
 import re
 from fractions import Fraction
 
+from treepo_jax.tasks import closed_form
+
 # Written out by tokenizers that do not leave special tokens away: what follows is not the answer.
 END = re.compile(r"<\|(?:im_end|endoftext|eot_id|end_of_text|eom_id)\|>|</s>|<eos>|<end_of_turn>")
 LONGEST = 2000  # characters of an answer; a longer one is right only where its text is the gold's
@@ -88,6 +90,7 @@ _TEXT_UNIT = re.compile(
   rf"(?: ?/ ?\\text ?\{{[a-zA-Z ]*\}}{_POWER})?"
 )
 _BASED = re.compile(r"[0-9][0-9A-Fa-f]* ?_ ?(?:[0-9]|\{ ?[0-9]{1,2} ?\})")
+_NO_LIST = re.compile(r"=|[a-zA-Z}] ?\(|\\pm|\\in(?![a-z])")  # may be one answer with a comma
 _BARE_WORD = re.compile(r"(?!infinity$)[A-Za-z]{4,}")
 _CHOICE = re.compile(r"\(?([A-Z])\)?\.?")
 _WORD = re.compile(r"[^\W\d_][^\W\d_'-]+(?: [^\W\d_'-]+)*")
@@ -234,6 +237,10 @@ def decide(gold: str, answer: str, tolerance: float) -> bool | None:
   if isinstance(left.key, Fraction) and isinstance(right.key, Fraction):
     return abs(left.key - right.key) <= Fraction(tolerance) * abs(left.key)
   apart = left.text_alone or right.text_alone or len(answer) > LONGEST
+  if left.value is not None and right.value is not None:
+    apart = apart or closed_form.apart(left.value, right.value, tolerance)
+  elif left.value is not None or right.value is not None:
+    apart = apart or left.several or right.several
   return False if apart else None
 
 
@@ -244,11 +251,17 @@ def share(answer: str) -> Fraction | str:
 
 @dataclasses.dataclass(frozen=True)
 class _Reading:
-  """An answer as it is compared: in one spelling, and whether only its text can make it equal."""
+  """An answer as it is compared: in one spelling, and what can be told apart without algebra.
+
+  text_alone: only the same text is equal. value: of a closed form. several: a list, a tuple, an
+  interval or a matrix, which no single value is.
+  """
 
   text: str
   key: Fraction | str
   text_alone: bool
+  value: float | None = None
+  several: bool = False
 
 
 @functools.lru_cache(maxsize=4096)
@@ -257,7 +270,14 @@ def _read(answer: str) -> _Reading:
     return _Reading(answer, "".join(answer.split()), text_alone=False)
   tidied = tidy(answer)
   based = bool(_BASED.fullmatch(tidied))
-  return _Reading(tidied, key(tidied), text_alone=based or is_word(tidied))
+  several = "matrix}" in tidied or "," in tidied and not _NO_LIST.search(tidied)
+  exact = key(tidied)
+  try:
+    value = float(exact) if isinstance(exact, Fraction) else closed_form.value(tidied)
+  except OverflowError:
+    value = None
+  several = several and value is None
+  return _Reading(tidied, exact, based or is_word(tidied), value, several)
 
 
 def is_word(tidied: str) -> bool:
