@@ -86,7 +86,7 @@ def alone(load: list[tuple[str, str]]) -> float:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description="Answers graded per second.")
   parser.add_argument("--data", type=Path, required=True, help="folder of the public sets")
   parser.add_argument("--quick", action="store_true", help="under five minutes on two cores")
   parser.add_argument("--json", type=Path, help="file to write the table to")

@@ -88,6 +88,23 @@ def test_numbers(written, value):
     ("7", "", False),
     ("7", "  ", False),
     ("x", "y" * 3000, False),
+    (r"3\sqrt{2}", r"2\sqrt{3}", False),
+    (r"3\sqrt{2}", r"\sqrt{18}", None),  # values tell apart, they do not make equal
+    ("5", "(1, 2)", False),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "3", False),
+    ("5", "2k + 1", False),
+    ("5", "p", False),
+    ("5", "x", False),
+    # These may be worth one value.
+    ("5", "x = 5", None),
+    ("5", r"\begin{vmatrix} 2 & 1 \\ 1 & 3 \end{vmatrix}", None),
+    ("10", "C(5, 2)", None),
+    ("10", "5C2", None),
+    ("15", "3 x 5", None),
+    ("4", r"\gcd(12, 8)", None),
+    (r"2\sqrt{2}", r"\pm 2\sqrt{2}", None),
+    ("1", r"\sin 90^\circ", None),
+    ("1", "e^0", None),
   ],
 )
 def test_what_needs_no_algebra(gold, answer, verdict):

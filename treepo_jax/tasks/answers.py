@@ -90,7 +90,13 @@ _TEXT_UNIT = re.compile(
   rf"(?: ?/ ?\\text ?\{{[a-zA-Z ]*\}}{_POWER})?"
 )
 _BASED = re.compile(r"[0-9][0-9A-Fa-f]* ?_ ?(?:[0-9]|\{ ?[0-9]{1,2} ?\})")
-_NO_LIST = re.compile(r"=|[a-zA-Z}] ?\(|\\pm|\\in(?![a-z])")  # may be one answer with a comma
+# A list, a matrix, or a letter by itself: no e, i, d, no C, P, A of combinatorics, no x in 3 x 5.
+_MANY = re.compile(
+  r"\{[bpB]?matrix\}|^(?:[^a-zA-Z]|\\(?:frac|sqrt|pi|infty|cdot)(?![a-z]))*,|(?<![A-Za-z\\])[abcf-hj-wyzBDF-HJ-OQ-Z](?![A-Za-z])"
+  r"|(?<![A-Za-z\\0-9 ])x(?![A-Za-z])|^[0-9]* ?x(?![A-Za-z0-9 ])"
+)
+# What may be worth one value in spite of that; a comma after a letter may be of arguments.
+_RELATION = re.compile(r"[=<>]|\\(?:pm|mp|in|to|approx|equiv|sim|[lg]eq?)(?![a-z])")
 _BARE_WORD = re.compile(r"(?!infinity$)[A-Za-z]{4,}")
 _CHOICE = re.compile(r"\(?([A-Z])\)?\.?")
 _WORD = re.compile(r"[^\W\d_][^\W\d_'-]+(?: [^\W\d_'-]+)*")
@@ -240,7 +246,7 @@ def decide(gold: str, answer: str, tolerance: float) -> bool | None:
   if left.value is not None and right.value is not None:
     apart = apart or closed_form.apart(left.value, right.value, tolerance)
   elif left.value is not None or right.value is not None:
-    apart = apart or left.several or right.several
+    apart = apart or left.many or right.many
   return False if apart else None
 
 
@@ -253,15 +259,15 @@ def share(answer: str) -> Fraction | str:
 class _Reading:
   """An answer as it is compared: in one spelling, and what can be told apart without algebra.
 
-  text_alone: only the same text is equal. value: of a closed form. several: a list, a tuple, an
-  interval or a matrix, which no single value is.
+  text_alone: only the same text is equal. value: of a closed form. many: a list, a tuple, an
+  interval, a matrix or a formula with a variable, which no single value is.
   """
 
   text: str
   key: Fraction | str
   text_alone: bool
   value: float | None = None
-  several: bool = False
+  many: bool = False
 
 
 @functools.lru_cache(maxsize=4096)
@@ -270,14 +276,15 @@ def _read(answer: str) -> _Reading:
     return _Reading(answer, "".join(answer.split()), text_alone=False)
   tidied = tidy(answer)
   based = bool(_BASED.fullmatch(tidied))
-  several = "matrix}" in tidied or "," in tidied and not _NO_LIST.search(tidied)
   exact = key(tidied)
   try:
     value = float(exact) if isinstance(exact, Fraction) else closed_form.value(tidied)
   except OverflowError:
     value = None
-  several = several and value is None
-  return _Reading(tidied, exact, based or is_word(tidied), value, several)
+  many = (
+    value is None and not _RELATION.search(tidied) and bool(_MANY.search(_WORDS.sub("", tidied)))
+  )
+  return _Reading(tidied, exact, based or is_word(tidied), value, many)
 
 
 def is_word(tidied: str) -> bool:

@@ -211,7 +211,7 @@ def _verdicts(
 @functools.lru_cache(maxsize=4096)
 def _gold(gold: str) -> str:
   """Returns a gold answer without the boxes that it may stand in."""
-  boxes = answers_lib.boxes(gold)
+  boxes = dict.fromkeys(answers_lib.boxes(gold))
   return ", ".join(boxes) if boxes else gold
 
 
