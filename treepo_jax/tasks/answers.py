@@ -35,7 +35,7 @@ NUMBER = re.compile(r"[+-]?([0-9]{1,50}(\.[0-9]{0,50})?|\.[0-9]{1,50})(/[0-9]{1,
 THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}([^0-9]|$))")
 
 _DECIMAL = r"(?:[0-9]{1,300}(?:\.[0-9]{0,300})?|\.[0-9]{1,300})"
-_FRACTION = r"\\frac(?:\{([+-]?%s)\}|([0-9]))(?:\{(%s)\}|([0-9]))" % (_DECIMAL, _DECIMAL)
+_FRACTION = rf"\\frac(?:\{{([+-]?{_DECIMAL})\}}|([0-9]))(?:\{{({_DECIMAL})\}}|([0-9]))"
 _PLAIN = re.compile(rf"([+-]?)({_DECIMAL})(?:/({_DECIMAL}))?")
 _MIXED = re.compile(rf"([+-]?)([0-9]{{0,50}}) ?{_FRACTION}")
 _MIXED_SLASH = re.compile(r"([+-]?)([0-9]{1,50}) ([0-9]{1,50})/([0-9]{1,50})")
