@@ -61,6 +61,7 @@ def test_equal(gold, answer):
     ("x=1", "y=1"),
     ("11a+c=7", "11a+c"),
     ("y=2x+3", "y=2x+4"),
+    (r"\frac{d x}{d t}=k x-a", r"m l \ddot{\theta}(t)-m g \sin \theta(t)=f(t)"),
     ("x^2", "x^3"),
     ("|x|", "x"),
     (r"\sqrt{x^2}", "x"),
