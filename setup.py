@@ -33,6 +33,9 @@ setuptools.setup(
     "chex",
     "jaxtyping",  # shapes in the types of fields and signatures
     "safetensors",  # weights in and out, bfloat16 without torch
+    # equality of mathematical answers; the extra names the parser's runtime. Exact: verdicts are
+    # part of what a run measured
+    "math-verify[antlr4_13_2]==0.9.0",
     "rich",  # progress and tables
     "matplotlib",  # plots/*.png
     "jinja2",  # what transformers renders chat templates with

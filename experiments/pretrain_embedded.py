@@ -28,6 +28,7 @@ import tokenizers
 from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from treepo_jax import config as config_lib
 from treepo_jax.model import transformer, weights
 from treepo_jax.tasks import arithmetic, rewards, sources
 
@@ -208,7 +209,8 @@ def evaluate(graph, params, tokenizer, *, count: int) -> dict[str, dict[str, flo
       ended = np.flatnonzero(row == EOS)
       lengths.append(int(ended[0]) + 1 if len(ended) else RESPONSE)
       answers.append(tokenizer.decode(row[: lengths[-1]].tolist()))
-  right = rewards.grade(answers, [p.answer for p in problems]).correct
+  golds, graders = [p.answer for p in problems], ["number"] * len(problems)
+  right = rewards.grade(answers, golds, graders, config=config_lib.default()).correct
   levels = [f"{p.level} operations" for p in problems]
   styles = [style_of(p, a) for p, a in zip(problems, answers, strict=True)]
   table = {}

@@ -138,6 +138,19 @@ def default() -> ml_collections.ConfigDict:
   c.reward = ml_collections.ConfigDict()
   c.reward.correct = 1.0
   c.reward.wrong = -1.0
+  c.reward.format = 0.0  # added where an answer has a complete box, right or wrong
+  # Rewards of your own, "module:function" of (texts, golds, prompts), lists, to a list of floats or
+  # bools: README.md, Grading. "": right or wrong by the question's grader
+  c.reward.fn = ""
+  # What counts: the last complete "box" | with the boxes that only separators part from it, as a
+  # list, "boxes" | without a box what math-verify finds in the text, "anywhere"
+  c.reward.extract = "box"
+  c.reward.policy = "strict"  # "strict": tasks/answers.py | "math_verify": its defaults and no more
+  c.reward.tolerance = 0.0  # strict: relative difference of numbers that are equal
+  c.reward.bare = True  # --mode=grade: a "pred" without \boxed is the answer itself; False: wrong
+  c.reward.timeout = 5.0  # seconds an answer may take, wall clock; its process is then replaced
+  c.reward.workers = 0  # processes that math-verify or reward.fn run in; 0: one a core, at most 16
+  c.reward.memory = 2.0  # GiB of address space of such a process
   c.reward.overlong_buffer = 0  # tokens before the longest answer that cost; 0: length is free
   c.reward.overlong_factor = 1.0  # what the longest answer costs (DAPO's soft overlong punishment)
 
@@ -322,6 +335,17 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
       f"{r.prompts}: each mini-batch needs a tree"
     )
 
+  _one_of(c, "reward.extract", ("box", "boxes", "anywhere"))
+  _one_of(c, "reward.policy", ("strict", "math_verify"))
+  _positive(c, "reward.timeout", "reward.memory")
+  for key in ("format", "tolerance", "workers"):
+    _at_least(c, f"reward.{key}", 0)
+  module, _, function = c.reward.fn.partition(":")
+  if c.reward.fn and not (module and function):
+    raise UserError(
+      f"config.reward.fn = {c.reward.fn!r}: must be 'module:function', for example "
+      "'my_rewards:reward', or '' for the question's grader"
+    )
   _at_least(c, "reward.overlong_buffer", 0)
   _at_least(c, "reward.overlong_factor", 0)
   _at_least(c, "lora.rank", 0)

@@ -21,20 +21,26 @@ NO_TPU = {
   "TPU_LOG_DIR": "disabled",
 }
 
-MODES = ("train", "rollout", "evaluate", "export", "plan")
+MODES = ("train", "rollout", "evaluate", "export", "plan", "grade")
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "a file of configs/; --config.KEY=VALUE overrides a key", lock_config=True
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of everything that the run writes")
 MODE = flags.DEFINE_enum("mode", "train", MODES, "what to do")
 TOPOLOGY = flags.DEFINE_string("topology", None, "--mode=plan: the TPUs, like v5e:2x4, v5p:2x2x4")
-OUTPUT = flags.DEFINE_string("output", None, "--mode=export: the Hugging Face directory to write")
+INPUT = flags.DEFINE_string("input", None, "--mode=grade: a JSONL file of answers")
+OUTPUT = flags.DEFINE_string(
+  "output", None, "--mode=export: the Hugging Face directory to write; --mode=grade: the JSONL file"
+)
 
 
 def main(argv: list[str]) -> None:
   """Runs one mode; a mistake of the user ends with a message and exit status 2."""
   if len(argv) > 1:
     raise config_lib.UserError(f"{argv[1]!r} is no flag: flags begin with --")
+  if MODE.value == "grade":
+    _grade()
+    return
   if CONFIG.value is None or WORKDIR.value is None:
     name = "config" if CONFIG.value is None else "workdir"
     raise config_lib.UserError(
@@ -74,6 +80,19 @@ def _plan(config, workdir: Path) -> None:
   from treepo_jax.run import plan
 
   plan.run(config, TOPOLOGY.value, workdir)
+
+
+def _grade() -> None:
+  """Grades a file; the config is optional, and no workdir is written."""
+  if INPUT.value is None or OUTPUT.value is None:
+    name = "input" if INPUT.value is None else "output"
+    raise config_lib.UserError(
+      f"--mode=grade needs --{name}, for example --input=answers.jsonl --output=graded.jsonl"
+    )
+  config = config_lib.validate(CONFIG.value or config_lib.default())
+  from treepo_jax.run import grade
+
+  grade.run(config, Path(INPUT.value), Path(OUTPUT.value))
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -5,8 +5,10 @@ import re
 
 import pytest
 
+from treepo_jax import config as config_lib
 from treepo_jax.tasks import arithmetic, rewards
 
+CONFIG = config_lib.default()
 LEVELS = (3, 4, 5)
 
 
@@ -60,7 +62,7 @@ def test_every_written_step_is_correct(style):
       left, right = step.split(" = ")
       assert evaluate(left) == int(right), text
     assert last == f"Answer: \\boxed{{{problem.answer}}}"
-    assert rewards.grade([text], [problem.answer]).correct.all()
+    assert rewards.grade([text], [problem.answer], ["number"], config=CONFIG).correct.all()
     written = {
       "careful": (problem.level, problem.level),
       "short": (1, problem.level - 1),

@@ -53,16 +53,25 @@ def collect(
 ) -> Rollout:
   """Grows a tree a prompt, grades every trajectory and counts what it cost.
 
+  What policies by reward go by while trees grow waits for no algebra: an answer that only
+  math-verify could call right is wrong to them.
+
   step: of training; the temperature of branching by log-prob may follow it. room: of grow.
   """
   begun = time.perf_counter()
   longest, heat = shape.response_length, branching.heat(step, config)
 
+  def grade(texts: list[str], owners: Sequence[int], cheap: bool) -> rewards.Grades:
+    asked = [prompts[b] for b in owners]
+    golds, graders = [p.gold for p in asked], [p.grader for p in asked]
+    questions = [p.text for p in asked]
+    return rewards.grade(texts, golds, graders, questions, config=config, cheap=cheap)
+
   def judge(ended: Sequence[tuple[int, list[int]]]) -> np.ndarray:
     texts = [setup.text.decode(tokens) for _, tokens in ended]
-    grades = rewards.grade(texts, [prompts[b].gold for b, _ in ended])
+    grades = grade(texts, [b for b, _ in ended], cheap=True)
     lengths = np.array([len(tokens) for _, tokens in ended])
-    return rewards.score(grades.correct, lengths, longest=longest, config=config)
+    return rewards.score(grades, lengths, longest=longest, config=config)
 
   tree, cost = grow.grow(
     params,
@@ -81,11 +90,11 @@ def collect(
   rows = np.asarray(tree.leaves)[owner, slot]
   ended = list(zip(owner.tolist(), rows.tolist(), strict=True))
   texts = [setup.text.decode(tree_lib.response(tree, b, row)) for b, row in ended]
-  grades = rewards.grade(texts, [prompts[b].gold for b, _ in ended])
+  grades = grade(texts, owner.tolist(), cheap=False)
   reward = np.zeros(tree.parent.shape, np.float32)
   before = np.asarray(tree.depth)[owner, rows] - 1
   tokens = before * tree.tokens.shape[2] + np.asarray(tree.length)[owner, rows]
-  reward[owner, rows] = rewards.score(grades.correct, tokens, longest=longest, config=config)
+  reward[owner, rows] = rewards.score(grades, tokens, longest=longest, config=config)
   graded = time.perf_counter()
 
   def by_tree(values) -> list[list]:
