@@ -44,9 +44,9 @@ class Instruction:
   text: str
 
 
-def instructions(text: str) -> Iterator[Instruction]:
+def instructions(text: str | None) -> Iterator[Instruction]:
   """Yields the instructions of an optimised HLO module outside fusions, with how often they run."""
-  computations, entry = _computations(text)
+  computations, entry = _computations(text or "")
   times: dict[str, int] = {}
   waiting = [(entry, 1)]
   while waiting:
@@ -61,7 +61,7 @@ def instructions(text: str) -> Iterator[Instruction]:
         yield found
 
 
-def collective_bytes(text: str) -> dict[str, float]:
+def collective_bytes(text: str | None) -> dict[str, float]:
   """Returns the bytes that a device receives or sends by each kind of collective in a call."""
   total: dict[str, float] = {name: 0.0 for name in COLLECTIVES}
   for x in instructions(text):

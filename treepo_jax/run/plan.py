@@ -265,8 +265,9 @@ def _measured(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any]
   """
   made_by = topology.name, jax.__version__, metadata.version("libtpu")
   name = hashlib.sha256("\n".join([*made_by, lowered.as_text()]).encode()).hexdigest()
-  kept = Path(jax.config.jax_compilation_cache_dir or ".") / "plans" / f"{name}.json"
-  if jax.config.jax_compilation_cache_dir and kept.exists():
+  folder = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009, made as it is imported
+  kept = Path(folder or "") / "plans" / f"{name}.json"
+  if folder and kept.exists():
     return json.loads(kept.read_text(encoding="utf-8"))
   begun = time.perf_counter()
   try:
@@ -279,7 +280,8 @@ def _measured(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any]
     found: dict[str, Any] = {f"{name}_bytes": None for name in names}
     found |= {"bytes_accessed": None, "says": str(error).splitlines()[0]}
   else:
-    memory, counted = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory: Any = compiled.memory_analysis()
+    counted = compiled.cost_analysis() or {}
     found = {
       "argument_bytes": memory.argument_size_in_bytes,
       "temp_bytes": memory.temp_size_in_bytes,
@@ -289,7 +291,7 @@ def _measured(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any]
       "bytes_once": counted.get("bytes accessed", 0.0),
     }
   found["compile_seconds"] = time.perf_counter() - begun
-  if jax.config.jax_compilation_cache_dir:
+  if folder:
     kept.parent.mkdir(parents=True, exist_ok=True)
     with metrics_lib.replacing(kept) as temporary:
       temporary.write_text(json.dumps(found), encoding="utf-8")

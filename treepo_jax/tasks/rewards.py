@@ -99,14 +99,6 @@ def grade(
   )
 
 
-def groups(answers: Sequence[str | None], grader: str, *, config) -> list[int]:
-  """Returns the class of each of a prompt's answers: the same answer, the same index; None: -1."""
-  del grader, config
-  keys = [None if answer is None else normalise(answer) for answer in answers]
-  index = {key: i for i, key in enumerate(dict.fromkeys(k for k in keys if k is not None))}
-  return [-1 if key is None else index[key] for key in keys]
-
-
 def score(
   grades: Grades, tokens: Int[np.ndarray, " n"], *, longest: int, config
 ) -> Float[np.ndarray, " n"]:
