@@ -52,6 +52,8 @@ ORDER = (
   "run.layout",
   "run.view",
   "run.checkpoint",
+  "run.hosts",
+  "run.preemption",
   "run.setup",
   "run.collect",
   "run.records",

@@ -29,6 +29,11 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder of everything that the ru
 MODE = flags.DEFINE_enum("mode", "train", MODES, "what to do")
 TOPOLOGY = flags.DEFINE_string("topology", None, "--mode=plan: the TPUs, like v5e:2x4, v5p:2x2x4")
 OUTPUT = flags.DEFINE_string("output", None, "--mode=export: the Hugging Face directory to write")
+COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "of several processes: HOST:PORT of process 0, or auto (TPU pods, SLURM)"
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "how many there are; not with auto")
+PROCESS = flags.DEFINE_integer("process", None, "number of this one, from 0; not with auto")
 
 
 def main(argv: list[str]) -> None:
@@ -50,9 +55,10 @@ def main(argv: list[str]) -> None:
     _plan(config, workdir)
     return
   from treepo_jax.model import mesh  # jax is imported here, after the flags are known to be good
-  from treepo_jax.run import evaluate, train
+  from treepo_jax.run import evaluate, hosts, train
 
-  mesh.split_host(config)
+  hosts.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+  mesh.split_host(config, PROCESSES.value or 1)
 
   if MODE.value == "train":
     train.run(config, workdir)

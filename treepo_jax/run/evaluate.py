@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from treepo_jax.rollout import grow
-from treepo_jax.run import collect, setup
+from treepo_jax.run import collect, hosts, setup
 from treepo_jax.run import metrics as metrics_lib
 from treepo_jax.tasks import data, rewards
 
@@ -26,7 +26,10 @@ def sampler(config, shape: grow.Settings) -> grow.Settings:
 
 
 def accuracy(params: dict, prompts: Sequence[data.Prompt], *, policy: setup.Setup, config) -> float:
-  """Returns the share of right answers, with the same draws at every call."""
+  """Returns the share of right answers, with the same draws at every call.
+
+  params: of hosts.local_copy.
+  """
   rollouts = _rollouts(params, prompts, policy, config)
   return float(np.mean([right for r in rollouts for tree in r.correct for right in tree]))
 
@@ -69,14 +72,16 @@ def run(config, workdir: Path) -> dict:
   begun = time.perf_counter()
   answers, decoded, path = [], 0.0, 0.0
   chunks = -(-len(prompts) // CHUNK)
-  with metrics_lib.Progress(chunks, 0, "evaluate", enabled=True) as progress:
-    for rollout in _rollouts(policy.params, prompts, policy, config):
+  params = hosts.local_copy(policy.params, policy.mesh)
+  with metrics_lib.Progress(chunks, 0, "evaluate", enabled=hosts.first()) as progress:
+    for rollout in _rollouts(params, prompts, policy, config):
       answers += _answers(rollout)
       decoded += rollout.metrics["rollout/tokens_decoded"]
       path += rollout.metrics["rollout/tokens_path"]
       progress.advance(rollout.metrics)
-  with metrics_lib.replacing(workdir / "answers.jsonl") as temporary:
-    temporary.write_text("".join(json.dumps(a) + "\n" for a in answers), encoding="utf-8")
+  if hosts.first():
+    with metrics_lib.replacing(workdir / "answers.jsonl") as temporary:
+      temporary.write_text("".join(json.dumps(a) + "\n" for a in answers), encoding="utf-8")
 
   right = [sum(a["correct"]) for a in answers]
   count = [len(a["correct"]) for a in answers]
@@ -100,7 +105,8 @@ def run(config, workdir: Path) -> dict:
     (name, f"{value:.4f}" if isinstance(value, float) else str(value))
     for name, value in summary.items()
   ]
-  metrics_lib.table(f"Evaluation, {config.eval.sampling} sampling", shown)
+  if hosts.first():
+    metrics_lib.table(f"Evaluation, {config.eval.sampling} sampling", shown)
   return setup.summarise(workdir, summary, config)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import signal
 import time
 from pathlib import Path
 
@@ -14,7 +13,17 @@ from treepo_jax.learn import advantages, packing, update
 from treepo_jax.model import weights
 from treepo_jax.rollout import grow
 from treepo_jax.rollout import tree as tree_lib
-from treepo_jax.run import checkpoint, collect, evaluate, plots, records, setup, view
+from treepo_jax.run import (
+  checkpoint,
+  collect,
+  evaluate,
+  hosts,
+  plots,
+  preemption,
+  records,
+  setup,
+  view,
+)
 from treepo_jax.run import metrics as metrics_lib
 from treepo_jax.tasks import data
 
@@ -22,6 +31,7 @@ SUMMED = (
   "rollout/tokens_decoded",
   "rollout/tokens_path",
   "rollout/tokens_prefilled",
+  "rollout/row_steps",
   "rollout/trajectories",
   "rollout/fallbacks",
   "rollout/pruned",
@@ -34,10 +44,15 @@ SUMMED = (
 
 
 def run(config, workdir: Path) -> dict | None:
-  """Trains, or continues the run in workdir; returns the summary, None if it was told to stop."""
+  """Trains, or continues the run in workdir; returns the summary, in the first process.
+
+  Raises SystemExit(128 + signal) where it was told to stop and what was finished is saved.
+  """
+  stop = preemption.Stop()
+  stop.listen()
   setup.claim(workdir, config)
   source = data.source(config)  # first: a bad row is found sooner than weights are read
-  policy = setup.load(config)
+  policy = dataclasses.replace(setup.load(config), stop=stop)
   heldout = data.heldout(config, policy.text).prompts
   state = update.create(policy.params, config, policy.mesh)
   policy = dataclasses.replace(policy, params={})  # the state holds them
@@ -52,41 +67,48 @@ def run(config, workdir: Path) -> dict | None:
       "it or give another --workdir"
     )
 
-  stop = _Stop()
+  done, steps = start, config.train.steps
   with (
-    metrics_lib.Writer(workdir, start) as writer,
-    metrics_lib.Progress(config.train.steps, start, "train", enabled=True) as progress,
+    metrics_lib.Writer(workdir, start, enabled=hosts.first()) as writer,
+    metrics_lib.Progress(steps, start, "train", enabled=hosts.first()) as progress,
   ):
     progress.note(f"continues at step {start}" if start else "compiling the first step")
-    for step in range(start, config.train.steps):
+    try:
+      for step in range(start, steps):
+        begun, metrics = time.perf_counter(), {}
+        params = _sampled(state, policy, config)
+        if step == 0 or (config.eval.every and step % config.eval.every == 0):
+          accuracy = evaluate.accuracy(params, heldout, policy=policy, config=config)
+          metrics = {"eval/accuracy": accuracy}
+        evaluated = time.perf_counter()
+        state, position, figures = _step(
+          state, params, position, step, source, policy, config, workdir
+        )
+        done = step + 1
+        metrics |= figures | {"time/evaluate": evaluated - begun}
+        if done == steps or done % config.train.checkpoint_every == 0:
+          checkpoints.save(done, state, position)
+        metrics["time/step"] = time.perf_counter() - begun
+        writer.write(step, metrics)
+        progress.advance(metrics)
       begun = time.perf_counter()
-      metrics = {}
-      params = update.weights(state, config, policy.mesh)
-      if step == 0 or (config.eval.every and step % config.eval.every == 0):
-        metrics["eval/accuracy"] = evaluate.accuracy(params, heldout, policy=policy, config=config)
-      evaluated = time.perf_counter()
-      state, position, figures = _step(
-        state, params, position, step, source, policy, config, workdir
-      )
-      metrics |= figures | {"time/evaluate": evaluated - begun}
-      last = step + 1 == config.train.steps
-      if last or stop.asked or (step + 1) % config.train.checkpoint_every == 0:
-        checkpoints.save(step + 1, state, position)
-      metrics["time/step"] = time.perf_counter() - begun
-      writer.write(step, metrics)
-      progress.advance(metrics)
-      if stop.asked and not last:
-        progress.note(f"stopped: saved after step {step}; the same command continues there")
-        checkpoints.close()
-        raise SystemExit(128 + stop.asked)
-    begun = time.perf_counter()
-    params = update.weights(state, config, policy.mesh)
-    after = evaluate.accuracy(params, heldout, policy=policy, config=config)
-    writer.write(
-      config.train.steps, {"eval/accuracy": after, "time/evaluate": time.perf_counter() - begun}
-    )
+      params = _sampled(state, policy, config)
+      after = evaluate.accuracy(params, heldout, policy=policy, config=config)
+      writer.write(steps, {"eval/accuracy": after, "time/evaluate": time.perf_counter() - begun})
+    except preemption.Stopped as stopped:
+      if done:
+        checkpoints.save(done, state, position)
+      checkpoints.close()
+      saved = f"{done} steps are saved in {checkpoints.path}" if done else "no step was finished"
+      progress.note(f"stopped: {saved}; the same command continues there")
+      raise SystemExit(128 + stopped.number) from None
   checkpoints.close()
-  return _conclude(workdir, len(heldout), config)
+  return _conclude(workdir, len(heldout), config) if hosts.first() else None
+
+
+def _sampled(state, policy: setup.Setup, config):
+  """Returns the policy's weights as a rollout takes them."""
+  return hosts.local_copy(update.weights(state, config, policy.mesh), policy.mesh)
 
 
 def _step(
@@ -110,7 +132,8 @@ def _step(
   state, measured = update.step(state, batches, graph=policy.graph, config=config, mesh=policy.mesh)
   measured = {name: float(x) for name, x in jax.device_get(measured).items()}
   updated = time.perf_counter()
-  if step % config.train.trees_every == 0 or step + 1 == config.train.steps:
+  due = step % config.train.trees_every == 0 or step + 1 == config.train.steps
+  if due and hosts.first():
     prompts = [prompt for rollout in rollouts for prompt in rollout.prompts]
     written = records.records(trees, reward, credit, prompts, step, config=config)
     write_trees(workdir, step, written, policy)
@@ -269,7 +292,8 @@ def export(config, workdir: Path, output: Path) -> None:
   checkpoints.close()
   params = update.weights(state, config, policy.mesh)
   weights.save(output, policy.arch, params, source=config.model.path)
-  print(f"weights after {int(state.step)} steps: {output}")
+  if hosts.first():
+    print(f"weights after {int(state.step)} steps: {output}")
 
 
 def rollout(config, workdir: Path) -> dict:
@@ -279,7 +303,11 @@ def rollout(config, workdir: Path) -> dict:
   source = data.source(config)
   batch = data.take(source, policy.text, start=0, count=config.rollout.prompts, config=config)
   key = setup.key(config, 0, 0)
-  made = _rollout(policy.params, key, batch.prompts, policy, config)
+  params = hosts.local_copy(policy.params, policy.mesh)
+  made = _rollout(params, key, batch.prompts, policy, config)
+  summary = setup.summarise(workdir, made.metrics, config)
+  if not hosts.first():
+    return summary
   credit = jax.device_get(advantages.estimate(made.tree, made.reward, made.greedy, config=config))
   written = records.records(made.tree, made.reward, credit, made.prompts, 0, config=config)
   write_trees(workdir, 0, written, policy)
@@ -288,20 +316,4 @@ def rollout(config, workdir: Path) -> dict:
   shown = [(name, f"{value:,.4g}") for name, value in sorted(made.metrics.items())]
   metrics_lib.table("Rollout", shown)
   print(f"Trees: {workdir}/trees/step_0.jsonl, step_0.html")
-  return setup.summarise(workdir, made.metrics, config)
-
-
-class _Stop:
-  """Remembers that the run was told to stop, so that the step in hand is finished and saved.
-
-  A second signal ends the program at once.
-  """
-
-  def __init__(self):
-    self.asked = 0
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, self._ask)
-
-  def _ask(self, number: int, _):
-    signal.signal(number, signal.SIG_DFL)
-    self.asked = number
+  return summary
