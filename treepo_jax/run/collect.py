@@ -62,7 +62,7 @@ def collect(
   """
   longest, heat = shape.response_length, branching.heat(step, config)
   try:
-    own = prompts[hosts.part(len(prompts), setup.mesh)]
+    own = prompts[hosts.part(len(prompts))]
     part = _part(params, key, own, setup, shape, config, heat) if own else None
   except preemption.Stopped as stopped:
     part = stopped

@@ -60,10 +60,9 @@ def first() -> bool:
   return jax.process_index() == 0
 
 
-def part(count: int, mesh: Mesh) -> slice:
-  """Returns which of `count` prompts this host rolls out: those of its shards of data x fsdp."""
-  shards = mesh_lib.shards(mesh)
-  own = -(-count // shards) * (shards // jax.process_count())
+def part(count: int) -> slice:
+  """Returns which of `count` prompts this host rolls out: stretches of one length but the last."""
+  own = -(-count // jax.process_count())
   return slice(jax.process_index() * own, (jax.process_index() + 1) * own)
 
 
