@@ -1,5 +1,6 @@
 """The training run: trees, credit, update; evaluated, saved and drawn as it goes."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -69,6 +70,7 @@ def run(config, workdir: Path) -> dict | None:
 
   done, steps = start, config.train.steps
   with (
+    contextlib.closing(checkpoints),  # what was saved is also written where an error ends the run
     metrics_lib.Writer(workdir, start, enabled=hosts.first()) as writer,
     metrics_lib.Progress(steps, start, "train", enabled=hosts.first()) as progress,
   ):
@@ -98,11 +100,10 @@ def run(config, workdir: Path) -> dict | None:
     except preemption.Stopped as stopped:
       if done:
         checkpoints.save(done, state, position)
-      checkpoints.close()
+        checkpoints.wait()
       saved = f"{done} steps are saved in {checkpoints.path}" if done else "no step was finished"
       progress.note(f"stopped: {saved}; the same command continues there")
       raise SystemExit(128 + stopped.number) from None
-  checkpoints.close()
   return _conclude(workdir, len(heldout), config) if hosts.first() else None
 
 
