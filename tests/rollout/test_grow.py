@@ -266,9 +266,13 @@ def test_decoders_are_large_enough_and_few():
     assert len(sizes) <= math.log(max(most // 2, 1), factor) + 1
 
 
-def test_eight_devices_grow_what_one_does():
-  mesh = mesh_lib.create(config_lib.default())
-  assert mesh_lib.shards(mesh) == 8 and len(prompts()) == 9  # two a device, most of them padding
+@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+def test_eight_devices_grow_what_one_does(axes):
+  config = config_lib.default()
+  config.mesh.data, config.mesh.fsdp, config.mesh.tensor = axes
+  mesh = mesh_lib.create(config)
+  # Of eight shards each has two prompts, most of them padding.
+  assert mesh_lib.shards(mesh) == 8 // axes[2] and len(prompts()) == 9
   tree, cost = run(settings(), mesh=mesh)
   same(tree, usual()[0])
   assert cost["rollout/tokens_decoded"] == usual()[1]["rollout/tokens_decoded"]

@@ -26,7 +26,8 @@ OPTIONS = {
   "rollout.width": 4,
   "rollout.depth": 3,
   "rollout.rows": 8,
-  "model.unroll": False,  # compiles faster
+  "model.unroll": False,  # this and the next compile faster
+  "rollout.merge": False,
   "eval.prompts": 8,
   "eval.samples": 4,
   "eval.sampling": "tree",  # the programs of training

@@ -6,6 +6,7 @@ credit, packing and which prompts are trained on are those of one process, whate
 hosts; each sends its devices only their own rows. With one process nothing here does anything.
 """
 
+import itertools
 import pickle
 import zlib
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -21,6 +23,9 @@ from treepo_jax.model import mesh as mesh_lib
 
 AUTO = "auto"  # --coordinator: what the machine says of itself (TPU pods, SLURM, Open MPI)
 CHUNK = 2**22  # bytes a host sends at a time: bounds what gathering holds on a device
+PATIENCE = 86_400  # seconds that hosts wait for each other; one that died is noticed far earlier
+
+_meetings = itertools.count()  # a barrier needs a new name each time
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -83,10 +88,23 @@ def local_copy(params: Any, mesh: Mesh) -> Any:
   return jax.tree.map(own, whole)
 
 
+def meet() -> None:
+  """Waits until all processes are here, before they work together on the devices.
+
+  Rollouts and compilations end at different times, and what runs on all devices may not wait for
+  long: gloo, the collectives of CPUs, may give up after 30 seconds.
+  """
+  if jax.process_count() > 1:
+    everyone = set(range(jax.process_count()))
+    name = f"treepo_jax-{next(_meetings)}"
+    ocp.multihost.sync_global_processes(name, timeout=PATIENCE, processes=everyone)
+
+
 def gather(own: Any) -> list[Any]:
   """Returns what each process gave, in their order; all must call, with what can be pickled."""
   if jax.process_count() == 1:
     return [own]
+  meet()
   sent = np.frombuffer(zlib.compress(pickle.dumps(own), level=1), np.uint8)  # padding is cheap
   sizes = multihost_utils.process_allgather(np.int32(sent.size))
   longest = int(sizes.max())

@@ -130,6 +130,11 @@ def _step(
     cost = _divergence(state, trained, batches, policy, config)
     credit = jax.device_get(advantages.estimate(trained, reward - cost, greedy, config=config))
     batches = packing.pack(trained, credit, config=config)
+  if jax.process_count() > 1:
+    optimize = update.program(state, graph=policy.graph, config=config, mesh=policy.mesh)
+    for batch in batches:  # compiled before hosts meet: none waits on its devices for another
+      optimize.lower(state, update.place(batch, config, policy.mesh)).compile()
+    hosts.meet()
   state, measured = update.step(state, batches, graph=policy.graph, config=config, mesh=policy.mesh)
   measured = {name: float(x) for name, x in jax.device_get(measured).items()}
   updated = time.perf_counter()
