@@ -394,6 +394,29 @@ def test_a_second_call_compiles_nothing(caplog):
   assert any("ompiling" in r.getMessage() for r in caplog.records)
 
 
+def test_what_is_raised_between_segments_ends_the_rollout():
+  graph, params = policy()
+  calls = []
+
+  def check():
+    calls.append(None)
+    if len(calls) == 3:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    grow.grow(
+      params,
+      jax.random.key(0),
+      prompts(),
+      graph=graph,
+      table=table(),
+      shape=settings(),
+      mesh=one_device(),
+      check=check,
+    )
+  same(run(settings())[0], usual()[0])  # nothing of it is left
+
+
 def test_the_state_is_donated():
   shape = grow.fit(settings(), len(prompts()), one_device())
   graph, params = policy()

@@ -141,8 +141,9 @@ def test_all_stop_where_one_is_told_to_and_continue(together, tmp_path):
 
 
 WORKER = """
-import os, jax, numpy as np
+import os, dataclasses, jax, jax.numpy as jnp, numpy as np
 from treepo_jax import config
+from treepo_jax.learn import packing, update
 from treepo_jax.model import mesh as mesh_lib
 from treepo_jax.run import hosts
 hosts.join("127.0.0.1:" + os.environ["PORT"], 2, int(os.environ["PROCESS"]))
@@ -170,7 +171,20 @@ copy = hosts.local_copy({"x": split}, mesh)["x"]
 assert copy.sharding == mesh_lib.replicated(local)
 np.testing.assert_array_equal(np.asarray(copy), x)
 
-c.mesh.fsdp, c.mesh.tensor = 1, 4
+batch = {f.name: np.ones((4, 3), int) for f in dataclasses.fields(packing.Batch)}
+batch |= {"node": np.arange(12).reshape(4, 3), "reference_log_probs": np.zeros((4, 3))}
+split = jax.NamedSharding(mesh, jax.P(mesh_lib.BATCH_AXES))
+batch = {k: jax.make_array_from_callback((4, 3), split, lambda i: x[i]) for k, x in batch.items()}
+total = update._add_divergence(jnp.zeros(12), packing.Batch(**batch), mesh)
+np.testing.assert_array_equal(jax.device_get(total), np.ones(12))
+
+c.mesh.fsdp = 1
+make, crossed = jax.make_mesh, np.array(jax.devices())[[0, 2, 1, 3]].reshape(2, 1, 2)
+jax.make_mesh = lambda *_, axis_types: jax.sharding.Mesh(crossed, mesh_lib.AXES, axis_types)
+assert [d.process_index for d in mesh_lib.create(c).devices.flat] == [0, 0, 1, 1]
+jax.make_mesh = make
+
+c.mesh.tensor = 4
 try:
   mesh_lib.create(c)
 except config.UserError as error:

@@ -6,6 +6,7 @@ credit, packing and which prompts are trained on are those of one process, whate
 hosts; each sends its devices only their own rows. With one process nothing here does anything.
 """
 
+import functools
 import itertools
 import pickle
 import zlib
@@ -79,13 +80,19 @@ def local_copy(params: Any, mesh: Mesh) -> Any:
   local = mesh_lib.local(mesh)
   if local is mesh:
     return params
-  whole = jax.jit(lambda x: x, out_shardings=mesh_lib.replicated(mesh))(params)
+  if not all(x.is_fully_replicated for x in jax.tree.leaves(params)):
+    params = _whole(mesh)(params)
 
   def own(x: jax.Array) -> jax.Array:
     parts = [shard.data for shard in x.addressable_shards]
     return jax.make_array_from_single_device_arrays(x.shape, mesh_lib.replicated(local), parts)
 
-  return jax.tree.map(own, whole)
+  return jax.tree.map(own, params)
+
+
+@functools.cache
+def _whole(mesh: Mesh) -> Callable:
+  return jax.jit(lambda x: x, out_shardings=mesh_lib.replicated(mesh))
 
 
 def meet() -> None:

@@ -311,9 +311,8 @@ def rollout(config, workdir: Path) -> dict:
   key = setup.key(config, 0, 0)
   params = hosts.local_copy(policy.params, policy.mesh)
   made = _rollout(params, key, batch.prompts, policy, config)
-  summary = setup.summarise(workdir, made.metrics, config)
   if not hosts.first():
-    return summary
+    return made.metrics
   credit = jax.device_get(advantages.estimate(made.tree, made.reward, made.greedy, config=config))
   written = records.records(made.tree, made.reward, credit, made.prompts, 0, config=config)
   write_trees(workdir, 0, written, policy)
@@ -322,4 +321,4 @@ def rollout(config, workdir: Path) -> dict:
   shown = [(name, f"{value:,.4g}") for name, value in sorted(made.metrics.items())]
   metrics_lib.table("Rollout", shown)
   print(f"Trees: {workdir}/trees/step_0.jsonl, step_0.html")
-  return summary
+  return setup.summarise(workdir, made.metrics, config)
