@@ -24,6 +24,8 @@ OPTIONS = {
   "train.trees_every": 1,
   "rollout.prompts": 8,
   "rollout.width": 4,
+  "rollout.initial": 3,
+  "rollout.branching": 1,
   "rollout.depth": 3,
   "rollout.rows": 8,
   "model.unroll": False,  # this and the next compile faster
