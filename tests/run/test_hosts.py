@@ -169,8 +169,8 @@ assert {d.process_index for d in local.devices.flat} == {me}
 x = np.arange(32.0).reshape(4, 8)
 sharding = jax.NamedSharding(mesh, jax.P("fsdp", "tensor"))
 split = jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
-copy = hosts.local_copy({"x": split}, mesh)["x"]
-assert copy.sharding == mesh_lib.replicated(local)
+copy = hosts.local_copy({"query": {"kernel": split}}, mesh)["query"]["kernel"]
+assert copy.sharding == jax.NamedSharding(local, jax.P(None, "tensor"))
 np.testing.assert_array_equal(np.asarray(copy), x)
 
 batch = {f.name: np.ones((4, 3), int) for f in dataclasses.fields(packing.Batch)}

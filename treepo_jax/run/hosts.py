@@ -6,7 +6,6 @@ credit, packing and which prompts are trained on are those of one process, whate
 hosts; each sends its devices only their own rows. With one process nothing here does anything.
 """
 
-import functools
 import itertools
 import pickle
 import zlib
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from treepo_jax.config import UserError
 from treepo_jax.model import mesh as mesh_lib
@@ -73,26 +72,20 @@ def part(count: int) -> slice:
 
 
 def local_copy(params: Any, mesh: Mesh) -> Any:
-  """Returns weights that lie on `mesh` as a rollout needs them: whole on each device of this host.
+  """Returns weights that lie on `mesh` as a rollout on this host takes them: split over tensor.
 
-  They are gathered over all hosts in one compiled transfer.
+  What other hosts hold comes in one transfer between devices. In one process they stay as they are.
   """
   local = mesh_lib.local(mesh)
   if local is mesh:
     return params
-  if not all(x.is_fully_replicated for x in jax.tree.leaves(params)):
-    params = _whole(mesh)(params)
+  params = jax.device_put(params, mesh_lib.shardings(params, mesh, over=("tensor",)))
 
-  def own(x: jax.Array) -> jax.Array:
+  def own(x: jax.Array, layout: NamedSharding) -> jax.Array:
     parts = [shard.data for shard in x.addressable_shards]
-    return jax.make_array_from_single_device_arrays(x.shape, mesh_lib.replicated(local), parts)
+    return jax.make_array_from_single_device_arrays(x.shape, layout, parts)
 
-  return jax.tree.map(own, params)
-
-
-@functools.cache
-def _whole(mesh: Mesh) -> Callable:
-  return jax.jit(lambda x: x, out_shardings=mesh_lib.replicated(mesh))
+  return jax.tree.map(own, params, mesh_lib.shardings(params, local, over=("tensor",)))
 
 
 def meet() -> None:
