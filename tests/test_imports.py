@@ -55,6 +55,7 @@ ORDER = (
   "run.hosts",
   "run.preemption",
   "run.setup",
+  "run.summary",
   "run.collect",
   "run.records",
   "run.evaluate",

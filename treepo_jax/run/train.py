@@ -19,10 +19,10 @@ from treepo_jax.run import (
   collect,
   evaluate,
   hosts,
-  plots,
   preemption,
   records,
   setup,
+  summary,
   view,
 )
 from treepo_jax.run import metrics as metrics_lib
@@ -58,17 +58,9 @@ def run(config, workdir: Path) -> dict | None:
   state = update.create(policy.params, config, policy.mesh)
   policy = dataclasses.replace(policy, params={})  # the state holds them
   checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
-  position = 0
-  if checkpoints.latest() is not None:
-    state, position = checkpoints.restore(state)
-  start = int(state.step)
-  if start > config.train.steps:
-    raise UserError(
-      f"{workdir} holds {start} steps, more than config.train.steps = {config.train.steps}: raise "
-      "it or give another --workdir"
-    )
-
-  done, steps = start, config.train.steps
+  state, position = _restored(checkpoints, state, workdir, config)
+  start = done = int(state.step)
+  steps = config.train.steps
   with (
     contextlib.closing(checkpoints),  # what was saved is also written where an error ends the run
     metrics_lib.Writer(workdir, start, enabled=hosts.first()) as writer,
@@ -104,7 +96,20 @@ def run(config, workdir: Path) -> dict | None:
       saved = f"{done} steps are saved in {checkpoints.path}" if done else "no step was finished"
       progress.note(f"stopped: {saved}; the same command continues there")
       raise SystemExit(128 + stopped.number) from None
-  return _conclude(workdir, len(heldout), config) if hosts.first() else None
+  return summary.conclude(workdir, len(heldout), config) if hosts.first() else None
+
+
+def _restored(checkpoints: checkpoint.Checkpoints, state, workdir: Path, config):
+  """Returns the newest checkpoint's state and data position, those given where there is none."""
+  if checkpoints.latest() is None:
+    return state, 0
+  state, position = checkpoints.restore(state)
+  if int(state.step) > config.train.steps:
+    raise UserError(
+      f"{workdir} holds {int(state.step)} steps, more than config.train.steps = "
+      f"{config.train.steps}: raise it or give another --workdir"
+    )
+  return state, position
 
 
 def _sampled(state, policy: setup.Setup, config):
@@ -245,47 +250,6 @@ def _merge(figures: list[dict[str, float]]) -> dict[str, float]:
     merged[name] = float(sum(f[name] for f in figures))
   saved = 1 - merged["rollout/tokens_decoded"] / max(merged["rollout/tokens_path"], 1)
   return merged | {"rollout/decode_saving": saved}
-
-
-def _conclude(workdir: Path, prompts: int, config) -> dict:
-  """Writes summary.json and the plots from metrics.jsonl, and prints the end table."""
-  metrics = metrics_lib.read(workdir / metrics_lib.NAME)
-  total = lambda name: sum(m[name] for m in metrics if name in m)
-  path, trained = total("rollout/tokens_path"), total("update/tokens_trained")
-  summary = {
-    "accuracy_before": metrics[0]["eval/accuracy"],
-    "accuracy_after": metrics[-1]["eval/accuracy"],
-    "heldout_prompts": prompts,
-    "steps": config.train.steps,
-    "seconds": total("time/step") + metrics[-1]["time/evaluate"],
-    "tokens_decoded": total("rollout/tokens_decoded"),
-    "tokens_path": path,
-    "decode_saving": 1 - total("rollout/tokens_decoded") / max(path, 1),
-    "tokens_trained": trained,
-    "token_saving": 1 - trained / max(total("update/tokens_path"), 1),
-    "logprob_gap": max(
-      (m["loss/logprob_gap"] for m in metrics if "loss/logprob_gap" in m), default=0.0
-    ),
-  }
-  plots.plot_learning(metrics, workdir / "plots" / "learning.png")
-  plots.plot_saving(metrics, workdir / "plots" / "saving.png")
-  summary = setup.summarise(workdir, summary, config)
-  share, count = "{:.1%}".format, "{:,.0f}".format
-  rows = [
-    (f"accuracy on {prompts} held-out prompts, before", share(summary["accuracy_before"])),
-    ("after", share(summary["accuracy_after"])),
-    ("steps", count(summary["steps"])),
-    ("seconds", count(summary["seconds"])),
-    ("tokens decoded, shared ones once", count(summary["tokens_decoded"])),
-    ("tokens of all paths, as sequential sampling decodes", count(path)),
-    ("decoding saved", share(summary["decode_saving"])),
-    ("training saved", share(summary["token_saving"])),
-    ("largest gap of rollout and trainer log-probs", f"{summary['logprob_gap']:.1e}"),
-  ]
-  metrics_lib.table("TreePO", rows)
-  last = f"trees/step_{config.train.steps - 1}.html"
-  print(f"Pictures: {workdir}/plots/learning.png, saving.png; the last trees: {workdir}/{last}")
-  return summary
 
 
 def export(config, workdir: Path, output: Path) -> None:
