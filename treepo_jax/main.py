@@ -32,6 +32,11 @@ INPUT = flags.DEFINE_string("input", None, "--mode=grade: a JSONL file of answer
 OUTPUT = flags.DEFINE_string(
   "output", None, "--mode=export: the Hugging Face directory to write; --mode=grade: the JSONL file"
 )
+COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "of several processes: HOST:PORT of process 0, or auto (TPU pods, SLURM)"
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "how many there are; not with auto")
+PROCESS = flags.DEFINE_integer("process", None, "number of this one, from 0; not with auto")
 
 
 def main(argv: list[str]) -> None:
@@ -56,9 +61,10 @@ def main(argv: list[str]) -> None:
     _plan(config, workdir)
     return
   from treepo_jax.model import mesh  # jax is imported here, after the flags are known to be good
-  from treepo_jax.run import evaluate, train
+  from treepo_jax.run import evaluate, hosts, train
 
-  mesh.split_host(config)
+  hosts.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+  mesh.split_host(config, PROCESSES.value or 1)
 
   if MODE.value == "train":
     train.run(config, workdir)

@@ -173,7 +173,7 @@ def test_empty_micro_batches_change_nothing():
   assert means == expected_means
 
 
-@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
 def test_eight_devices_take_the_step_of_one(axes):
   config = settings(CUT)
   batch = pack(config)
@@ -194,9 +194,8 @@ def test_eight_devices_take_the_step_of_one(axes):
   assert_close(got.params, expected.params)
   assert metrics == pytest.approx(expected_metrics, rel=1e-5, abs=1e-7)
   assert int(got.step) == 2
-  if axes == (2, 2, 2):
-    kernel = got.params["blocks"]["gate"]["kernel"]
-    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+  kernel = got.params["blocks"]["gate"]["kernel"]
+  assert kernel.addressable_shards[0].data.size == kernel.size // (axes[1] * axes[2])
 
 
 def test_a_tokens_log_prob_depends_on_its_ancestors_alone():

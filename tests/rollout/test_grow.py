@@ -275,9 +275,13 @@ def test_decoders_are_large_enough_and_few():
     assert len(sizes) <= math.log(max(most // 2, 1), factor) + 1
 
 
-def test_eight_devices_grow_what_one_does():
-  mesh = mesh_lib.create(config_lib.default())
-  assert mesh_lib.shards(mesh) == 8 and len(prompts()) == 9  # two a device, most of them padding
+@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+def test_eight_devices_grow_what_one_does(axes):
+  config = config_lib.default()
+  config.mesh.data, config.mesh.fsdp, config.mesh.tensor = axes
+  mesh = mesh_lib.create(config)
+  # Of eight shards each has two prompts, most of them padding.
+  assert mesh_lib.shards(mesh) == 8 // axes[2] and len(prompts()) == 9
   tree, cost = run(settings(), mesh=mesh)
   same(tree, usual()[0])
   assert cost["rollout/tokens_decoded"] == usual()[1]["rollout/tokens_decoded"]
@@ -416,6 +420,29 @@ def test_fewer_prompts_run_the_programs_of_more(caplog):
     assert not any("Compiling jit(_start)" in r.getMessage() for r in caplog.records)
   assert judged == set(range(6))
   same(some, whole, order=range(6))
+
+
+def test_what_is_raised_between_segments_ends_the_rollout():
+  graph, params = policy()
+  calls = []
+
+  def check():
+    calls.append(None)
+    if len(calls) == 3:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    grow.grow(
+      params,
+      jax.random.key(0),
+      prompts(),
+      graph=graph,
+      table=table(),
+      shape=settings(),
+      mesh=one_device(),
+      check=check,
+    )
+  same(run(settings())[0], usual()[0])  # nothing of it is left
 
 
 def test_the_state_is_donated():

@@ -15,7 +15,7 @@ import pytest
 from treepo_jax import config as config_lib
 from treepo_jax.config import UserError
 from treepo_jax.rollout import tree as tree_lib
-from treepo_jax.run import collect, evaluate, plots, results, scores, setup
+from treepo_jax.run import collect, evaluate, plots, preemption, results, scores, setup
 from treepo_jax.run import metrics as metrics_lib
 from treepo_jax.run.results import Kind
 from treepo_jax.tasks import data
@@ -47,7 +47,7 @@ class Sampler:
 
   def __call__(self, params, key, asked, *, setup, shape, config, room):
     if self.calls == self.lives:
-      raise KeyboardInterrupt
+      raise preemption.Stopped(2)
     self.calls += 1
     assert len(asked) <= room
     b, w = len(asked), shape.width
@@ -107,6 +107,7 @@ def replace(monkeypatch: pytest.MonkeyPatch, policy: setup.Setup, made: Sampler)
 def test_the_summary_is_that_of_the_answers(sampler, tmp_path):
   sampler(Sampler())
   summary = evaluate.run(config(), tmp_path)
+  assert summary is not None
   rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
   assert len(rows) == 15 and all(len(r["answers"]) == 4 for r in rows)
   for row in rows:
@@ -251,6 +252,7 @@ def test_a_curve_has_every_kind_once(sampler, tmp_path):
   ]  # fmt: skip
   sampler(Sampler())
   summary = evaluate.run(c, tmp_path)
+  assert summary is not None
   assert [(p["sampling"], p["width"], p["branching"]) for p in summary["curve"]] == [
     dataclasses.astuple(kind) for kind in evaluate.kinds(c)
   ]

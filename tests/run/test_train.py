@@ -171,9 +171,28 @@ def test_a_stop_signal_saves_and_the_same_command_continues(finished, tmp_path):
   process.send_signal(signal.SIGTERM)
   said, _ = process.communicate()
   assert process.returncode == 128 + signal.SIGTERM
-  assert "the same command continues" in said
-  run(workdir)
+  done = len(figures(workdir))
+  assert 1 <= done < STEPS  # the rollout in hand was given up
+  assert f"{done} steps are saved in {workdir / 'checkpoints'}; the same command continues" in said
+  assert f"continues at step {done}" in run(workdir)
   assert figures(workdir) == figures(finished)
+
+
+@pytest.mark.slow
+def test_a_stop_signal_before_the_first_step_is_done_leaves_nothing(finished, tmp_path):
+  process = subprocess.Popen(
+    command(tmp_path, "--config.eval.prompts=512"),
+    cwd=ROOT,
+    env=environment() | {"PYTHONUNBUFFERED": "1"},
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout and "compiling the first step" in process.stdout.readline()
+  process.send_signal(signal.SIGTERM)  # while it compiles or evaluates
+  said, _ = process.communicate()
+  assert process.returncode == 128 + signal.SIGTERM
+  assert "no step was finished" in said
+  assert not figures(tmp_path) and not list((tmp_path / "checkpoints").iterdir())
 
 
 # What rows are filled with, and so what is decoded twice, depends on how prompts lie on devices.

@@ -193,14 +193,15 @@ def divergence(
   total = jnp.zeros(nodes)
   for batch in batches:
     placed = _scored(state, place(batch, config, mesh), graph=graph, config=config)
-    total = _add_divergence(total, placed)
+    total = _add_divergence(total, placed, mesh)
   return total
 
 
-@jax.jit
-def _add_divergence(total: Float[Array, "m"], batch: Batch) -> Float[Array, "m"]:
+@functools.partial(jax.jit, static_argnames="mesh")
+def _add_divergence(total: Float[Array, "m"], batch: Batch, mesh: Mesh) -> Float[Array, "m"]:
   difference = batch.old_log_probs - batch.reference_log_probs
-  return total.at[batch.node].add(jnp.where(batch.count > 0, difference, 0))
+  total = total.at[batch.node].add(jnp.where(batch.count > 0, difference, 0))
+  return jax.lax.with_sharding_constraint(total, mesh_lib.replicated(mesh))  # every host reads it
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config"))

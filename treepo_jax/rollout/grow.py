@@ -145,14 +145,16 @@ def grow(
   heat: float = 1.0,
   judge: Judge | None = None,
   room: int = 0,
+  check: Callable[[], None] = lambda: None,
 ) -> tuple[tree_lib.Tree, dict[str, float]]:
   """Grows one tree a prompt and returns them, in the prompts' order on the host, with the cost.
 
   prompts: items with `.id` (identity, u32) and `.tokens`. key: folded from seed and step. table:
   the box automaton over token ids. heat: temperature of the allocation by log-prob. judge: rewards
   trajectories; needed, and asked after each segment, where a policy goes by reward. room: prompts
-  that programs are compiled for at least, so that fewer run those of more. Raises
-  UserError where the page pool cannot hold one tree, ValueError where a judge is missing.
+  that programs are compiled for at least, so that fewer run those of more. check: called between
+  segments; what it raises ends the rollout. Raises UserError where the page pool cannot hold one
+  tree, ValueError where a judge is missing.
   """
   if shape.judged and judge is None:
     raise ValueError("rollout.prune = 'reward' and rollout.fallback = 'disagree' need a judge")
@@ -169,6 +171,7 @@ def grow(
   split = NamedSharding(mesh, PartitionSpec(mesh_lib.BATCH_AXES))
   unjudged, warmth = jax.device_put(reward, split), np.float32(heat)
   while True:
+    check()
     if shape.judged and judge is not None:
       growth = calls.take(growth, segment, key)
       reward = _judged(growth.tree, reward, seen, judge, own)
@@ -255,6 +258,7 @@ def _finish(growth: Growth, tree, count: int, graph: nnx.GraphDef, params: dict,
   cost = {
     "rollout/tokens_decoded": counters.decoded,
     "rollout/tokens_prefilled": float(tree.prompt_length.sum()),
+    "rollout/row_steps": counters.row_steps,
     "rollout/row_occupancy": counters.decoded / max(counters.row_steps, 1.0),
     "rollout/kv_bytes_read_per_token": counters.read_shared * per_token / decoded,
     "rollout/kv_bytes_flat_per_token": counters.read_flat * per_token / decoded,

@@ -37,7 +37,12 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, step: int, state: Any, position: int) -> None:
-    """Saves after `step` steps; writing goes on in the background, `close` waits for it."""
+    """Saves after `step` steps: returns when the state is copied to the host, then it is written.
+
+    With several hosts all call, and each writes its own shards. A save waits for the one before,
+    and raises what that one met; `close` waits for the last. Raises UserError where it could not
+    be written.
+    """
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"position": position})
     )
@@ -66,10 +71,15 @@ class Checkpoints:
       ) from error
     return state, int(position)
 
-  def close(self) -> None:
+  def wait(self) -> None:
     """Waits until everything is on the disk."""
     with _writing(self.path):
       self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits until everything is on the disk; nothing can be saved after."""
+    self.wait()
+    with _writing(self.path):
       self._manager.close()
 
 
@@ -95,7 +105,7 @@ def find(path: str | Path) -> tuple[Path, int]:
 
 
 class _writing:
-  """Turns a failed write into what the user can do about it."""
+  """Turns a failed write, of now or of the background, into what the user can do about it."""
 
   def __init__(self, path: Path):
     self.path = path
@@ -107,7 +117,8 @@ class _writing:
     full = isinstance(error, OSError) or (
       isinstance(error, ValueError | RuntimeError)
       and any(
-        word in str(error) for word in ("No space", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
+        word in str(error)
+        for word in ("No space", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "NOT_FOUND")
       )
     )
     if full:

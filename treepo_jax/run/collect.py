@@ -1,4 +1,7 @@
-"""Prompts to scored trees: one rollout with its rewards, its figures and its answers."""
+"""Prompts to scored trees: one rollout with its rewards, its figures and its answers.
+
+Each host grows and grades the trees of its own prompts; then all know all of them.
+"""
 
 import dataclasses
 import time
@@ -8,8 +11,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from treepo_jax.model import mesh as mesh_lib
 from treepo_jax.rollout import branching, grow
 from treepo_jax.rollout import tree as tree_lib
+from treepo_jax.run import hosts, preemption
 from treepo_jax.run.setup import Setup
 from treepo_jax.tasks import rewards
 from treepo_jax.tasks.data import Prompt
@@ -56,10 +61,71 @@ def collect(
   What policies by reward go by while trees grow waits for no algebra: an answer that only
   math-verify could call right is wrong to them.
 
-  step: of training; the temperature of branching by log-prob may follow it. room: of grow.
+  params: of hosts.local_copy. step: of training; the temperature of branching by log-prob may
+  follow it. room: of grow, on all hosts. Raises Stopped, on every host, where one of them was told
+  to stop.
   """
-  begun = time.perf_counter()
   longest, heat = shape.response_length, branching.heat(step, config)
+  try:
+    own = prompts[hosts.part(len(prompts))]
+    room = -(-room // jax.process_count())
+    part = _part(params, key, own, setup, shape, config, heat, room) if own else None
+  except preemption.Stopped as stopped:
+    part = stopped
+  parts = [part for part in hosts.gather(part) if part is not None]
+  for part in parts:
+    if isinstance(part, preemption.Stopped):
+      raise part
+
+  tree = jax.tree.map(lambda *x: np.concatenate(x), *(part.tree for part in parts))
+  owner, rows, tokens = _ends(tree)
+  grades = rewards.join([part.grades for part in parts])
+  reward = np.zeros(tree.parent.shape, np.float32)
+  reward[owner, rows] = rewards.score(grades, tokens, longest=longest, config=config)
+
+  def by_tree(values) -> list[list]:
+    split = np.searchsorted(owner, np.arange(1, len(prompts)))
+    return [list(values[a:b]) for a, b in zip([0, *split], [*split, len(owner)], strict=True)]
+
+  correct = by_tree(grades.correct.tolist())
+  cost = _cost([part.cost for part in parts])
+  figures = cost | _figures(tree, owner, rows, correct, cost)
+  figures |= {
+    "reward/mean": float(reward[owner, rows].mean()),
+    "reward/grader_errors": float(grades.errors),
+    "rollout/allocation_temperature": heat,
+    "time/rollout": max(part.rollout_seconds for part in parts),
+    "time/reward": max(part.reward_seconds for part in parts),
+  }
+  answers = by_tree(grades.extracted)
+  texts = by_tree([text for part in parts for text in part.texts])
+  return Rollout(tree, list(prompts), reward, correct, answers, texts, figures)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """What one host grew: trees, then their trajectories' grades and texts; cost as grow tells it."""
+
+  tree: tree_lib.Tree
+  grades: rewards.Grades
+  texts: list[str]
+  cost: dict[str, float]
+  rollout_seconds: float
+  reward_seconds: float
+
+
+def _part(
+  params: dict,
+  key: jax.Array,
+  prompts: Sequence[Prompt],
+  setup: Setup,
+  shape: grow.Settings,
+  config,
+  heat: float,
+  room: int,
+) -> _Part:
+  """Grows and grades this host's trees."""
+  begun = time.perf_counter()
 
   def grade(texts: list[str], owners: Sequence[int], cheap: bool) -> rewards.Grades:
     asked = [prompts[b] for b in owners]
@@ -71,7 +137,7 @@ def collect(
     texts = [setup.text.decode(tokens) for _, tokens in ended]
     grades = grade(texts, [b for b, _ in ended], cheap=True)
     lengths = np.array([len(tokens) for _, tokens in ended])
-    return rewards.score(grades, lengths, longest=longest, config=config)
+    return rewards.score(grades, lengths, longest=shape.response_length, config=config)
 
   tree, cost = grow.grow(
     params,
@@ -80,39 +146,40 @@ def collect(
     graph=setup.graph,
     table=setup.table,
     shape=shape,
-    mesh=setup.mesh,
+    mesh=mesh_lib.local(setup.mesh),
     heat=heat,
     judge=judge,
     room=room,
+    check=setup.stop.check,
   )
   grown = time.perf_counter()
-  owner, slot = np.nonzero(tree.leaves != tree_lib.NO_ROW)
-  rows = np.asarray(tree.leaves)[owner, slot]
+  owner, rows, _ = _ends(tree)
   ended = list(zip(owner.tolist(), rows.tolist(), strict=True))
   texts = [setup.text.decode(tree_lib.response(tree, b, row)) for b, row in ended]
   grades = grade(texts, owner.tolist(), cheap=False)
-  reward = np.zeros(tree.parent.shape, np.float32)
-  before = np.asarray(tree.depth)[owner, rows] - 1
-  tokens = before * tree.tokens.shape[2] + np.asarray(tree.length)[owner, rows]
-  reward[owner, rows] = rewards.score(grades, tokens, longest=longest, config=config)
   graded = time.perf_counter()
+  return _Part(tree, grades, texts, cost, grown - begun, graded - grown)
 
-  def by_tree(values) -> list[list]:
-    split = np.searchsorted(owner, np.arange(1, len(prompts)))
-    return [list(values[a:b]) for a, b in zip([0, *split], [*split, len(owner)], strict=True)]
 
-  correct = by_tree([bool(c) for c in grades.correct])
-  figures = cost | _figures(tree, owner, rows, correct, cost)
-  figures |= {
-    "reward/mean": float(reward[owner, rows].mean()),
-    "reward/grader_errors": float(grades.errors),
-    "rollout/allocation_temperature": heat,
-    "time/rollout": grown - begun,
-    "time/reward": graded - grown,
-  }
-  return Rollout(
-    tree, list(prompts), reward, correct, by_tree(grades.extracted), by_tree(texts), figures
+def _ends(tree: tree_lib.Tree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns tree, row and number of tokens of every returned trajectory, tree by tree."""
+  owner, slot = np.nonzero(tree.leaves != tree_lib.NO_ROW)
+  rows = np.asarray(tree.leaves)[owner, slot]
+  before = np.asarray(tree.depth)[owner, rows] - 1
+  return owner, rows, before * tree.tokens.shape[2] + np.asarray(tree.length)[owner, rows]
+
+
+def _cost(parts: list[dict[str, float]]) -> dict[str, float]:
+  """Returns the cost of all hosts: counts add, figures by token are means over decoded tokens."""
+  total = {name: sum(part[name] for part in parts) for name in parts[0]}
+  decoded = max(total["rollout/tokens_decoded"], 1.0)
+  total["rollout/row_occupancy"] = total["rollout/tokens_decoded"] / max(
+    total["rollout/row_steps"], 1.0
   )
+  for name in ("rollout/kv_bytes_read_per_token", "rollout/kv_bytes_flat_per_token"):
+    read = sum(part[name] * part["rollout/tokens_decoded"] for part in parts)
+    total[name] = read / decoded
+  return total
 
 
 def _figures(tree, owner, rows, correct, cost) -> dict[str, float]:

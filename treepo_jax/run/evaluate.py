@@ -7,7 +7,6 @@ first unit that is not in both, and its summary is made from the files alone.
 
 import dataclasses
 import json
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from treepo_jax.config import UserError
 from treepo_jax.learn import update
 from treepo_jax.rollout import grow
 from treepo_jax.rollout import tree as tree_lib
-from treepo_jax.run import checkpoint, collect, results, setup
+from treepo_jax.run import checkpoint, collect, hosts, preemption, results, setup
 from treepo_jax.run import metrics as metrics_lib
 from treepo_jax.run.results import Kind
 from treepo_jax.tasks import data, rewards
@@ -91,40 +90,52 @@ def accuracy(
   return whole | {f"eval/accuracy/{s}": float(np.mean(x)) for s, x in shares.items() if s}
 
 
-def run(config, workdir: Path) -> dict:
+def run(config, workdir: Path) -> dict | None:
   """Evaluates the policy on the held-out prompts, or goes on; writes answers, tables and plots.
 
-  Returns the summary. Raises UserError where the workdir holds another run.
+  Returns the summary, in the first process. Raises UserError where the workdir holds another run,
+  SystemExit(128 + signal) where it was told to stop.
   """
+  stop = preemption.Stop()
+  stop.listen()
   setup.claim(workdir, config, CONTINUES)
-  policy = setup.load(config)
+  policy = dataclasses.replace(setup.load(config), stop=stop)
   prompts = data.heldout(config, policy.text).prompts
   units = list(_units(prompts, config))
   params, name = _weights(config, policy)
-  done, room = _recover(workdir, units, name), max(len(unit.prompts) for unit in units)
+  params = hosts.local_copy(params, policy.mesh)
+  recovered = []
+  hosts.on_first(lambda: recovered.append(_recover(workdir, units, name)))
+  done = sum(sum(hosts.gather(recovered), []))
+  room = max(len(unit.prompts) for unit in units)
   with (
-    (workdir / ANSWERS).open("a", encoding="utf-8") as answers,
-    metrics_lib.Writer(workdir, done) as writer,
-    metrics_lib.Progress(len(units), done, "evaluate", enabled=True) as progress,
+    metrics_lib.Writer(workdir, done, enabled=hosts.first()) as writer,
+    metrics_lib.Progress(len(units), done, "evaluate", enabled=hosts.first()) as progress,
   ):
     progress.note(f"weights: {name}; {done} of {len(units)} parts are answered already")
     try:
       for i, unit in enumerate(units[done:], start=done):
         rollout = _sample(params, unit.prompts, unit.kind, room, policy, config)
-        with metrics_lib.naming(workdir / ANSWERS):
-          answers.writelines(json.dumps(row) + "\n" for row in _rows(rollout, unit, config))
-          answers.flush()
+        if hosts.first():
+          _append(workdir / ANSWERS, _rows(rollout, unit, config))
         writer.write(i, _entry(unit, name, rollout))
         progress.advance(rollout.metrics)
-    except KeyboardInterrupt:
+    except preemption.Stopped as stopped:
       progress.note("stopped: the parts that are answered are saved; the same command continues")
-      raise SystemExit(128 + signal.SIGINT) from None
+      raise SystemExit(128 + stopped.number) from None
+  if not hosts.first():
+    return None
   summary = results.summarise(
     _scored(workdir, units, config), metrics_lib.read(workdir / metrics_lib.NAME), kinds(config)
   )
   summary = setup.summarise(workdir, {"weights": name} | summary, config)
   results.show(summary, workdir)
   return summary
+
+
+def _append(path: Path, rows: Iterator[dict]) -> None:
+  with metrics_lib.naming(path), path.open("a", encoding="utf-8") as file:
+    file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _units(prompts: Sequence[data.Prompt], config) -> Iterator[Unit]:
@@ -160,7 +171,7 @@ def _weights(config, policy: setup.Setup) -> tuple[dict, str]:
   like = update.create(policy.params, config, policy.mesh)
   state, _ = checkpoints.restore(like, step)
   checkpoints.close()
-  return update.weights(state, config), str(checkpoints.path / str(step))
+  return update.weights(state, config, policy.mesh), str(checkpoints.path / str(step))
 
 
 def _recover(workdir: Path, units: Sequence[Unit], name: str) -> int:

@@ -70,11 +70,14 @@ class Writer:
   A run that resumes at `start_step` first drops the lines of that step and later ones, and a last
   line that a kill has cut short, so that the file ends up as if nothing had happened. Numbers are
   written with every digit that a float64 has; JSON has no NaN or infinity, which become null.
+  Without `enabled`, as on all hosts but one, nothing is touched.
   """
 
-  def __init__(self, workdir: str | Path, start_step: int):
+  def __init__(self, workdir: str | Path, start_step: int, enabled: bool = True):
     """Raises UserError where the file cannot be written, or an earlier line cannot be read."""
-    self.path = Path(workdir) / NAME
+    self.path, self._file = Path(workdir) / NAME, None
+    if not enabled:
+      return
     with naming(self.path):
       kept = [r for r in read(self.path) if r["step"] < start_step] if self.path.exists() else []
       with replacing(self.path) as temporary:
@@ -83,13 +86,15 @@ class Writer:
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Appends {"step": step, **metrics} and flushes; scalars of numpy and jax are taken too."""
-    with naming(self.path):
-      self._file.write(_line({"step": step, **metrics}))
-      self._file.flush()
+    if self._file:
+      with naming(self.path):
+        self._file.write(_line({"step": step, **metrics}))
+        self._file.flush()
 
   def close(self) -> None:
-    with naming(self.path):
-      self._file.close()
+    if self._file:
+      with naming(self.path):
+        self._file.close()
 
   def __enter__(self):
     return self

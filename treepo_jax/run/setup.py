@@ -16,6 +16,7 @@ from treepo_jax.config import UserError
 from treepo_jax.model import mesh as mesh_lib
 from treepo_jax.model import transformer, weights
 from treepo_jax.rollout import grow
+from treepo_jax.run import hosts, preemption
 from treepo_jax.run import metrics as metrics_lib
 from treepo_jax.tasks import text as text_lib
 
@@ -40,6 +41,8 @@ class Setup:
     text: tokenizer.
     table: box automaton over the model's token ids.
     shape: settings of the rollout.
+    mesh: over the devices of all hosts.
+    stop: looked at between segments.
   """
 
   graph: nnx.GraphDef
@@ -49,6 +52,7 @@ class Setup:
   table: np.ndarray
   shape: grow.Settings
   mesh: Mesh
+  stop: preemption.Stop = dataclasses.field(default_factory=preemption.Stop)
 
 
 def load(config: ml_collections.FrozenConfigDict) -> Setup:
@@ -86,6 +90,12 @@ def claim(
   Raises UserError where the workdir holds a run whose steps were taken under other values of keys
   that do not begin with one of `continues`.
   """
+  hosts.on_first(lambda: _claim(workdir, config, continues))
+
+
+def _claim(
+  workdir: Path, config: ml_collections.FrozenConfigDict, continues: tuple[str, ...]
+) -> None:
   path = workdir / "config.json"
   now = flat(config)
   if path.exists():
@@ -120,8 +130,10 @@ def flat(config: ml_collections.FrozenConfigDict) -> dict[str, Any]:
 def summarise(
   workdir: Path, summary: dict[str, Any], config: ml_collections.FrozenConfigDict
 ) -> dict:
-  """Writes summary.json with the config and the commit; returns it."""
+  """Writes summary.json with the config and the commit, in the first process; returns it."""
   summary = summary | {"config": json.loads(config.to_json_best_effort()), "commit": commit()}
+  if not hosts.first():
+    return summary
   with metrics_lib.replacing(workdir / "summary.json") as temporary:
     temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
   return summary

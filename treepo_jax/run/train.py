@@ -1,8 +1,8 @@
 """The training run: trees, credit, update; evaluated, saved and drawn as it goes."""
 
+import contextlib
 import dataclasses
 import functools
-import signal
 import time
 from pathlib import Path
 
@@ -14,7 +14,17 @@ from treepo_jax.learn import advantages, packing, update
 from treepo_jax.model import weights
 from treepo_jax.rollout import grow
 from treepo_jax.rollout import tree as tree_lib
-from treepo_jax.run import checkpoint, collect, evaluate, plots, records, setup, view
+from treepo_jax.run import (
+  checkpoint,
+  collect,
+  evaluate,
+  hosts,
+  preemption,
+  records,
+  setup,
+  summary,
+  view,
+)
 from treepo_jax.run import metrics as metrics_lib
 from treepo_jax.tasks import data
 
@@ -22,6 +32,7 @@ SUMMED = (
   "rollout/tokens_decoded",
   "rollout/tokens_path",
   "rollout/tokens_prefilled",
+  "rollout/row_steps",
   "rollout/trajectories",
   "rollout/fallbacks",
   "rollout/pruned",
@@ -34,57 +45,75 @@ SUMMED = (
 
 
 def run(config, workdir: Path) -> dict | None:
-  """Trains, or continues the run in workdir; returns the summary, None if it was told to stop."""
+  """Trains, or continues the run in workdir; returns the summary, in the first process.
+
+  Raises SystemExit(128 + signal) where it was told to stop and what was finished is saved.
+  """
+  stop = preemption.Stop()
+  stop.listen()
   setup.claim(workdir, config)
   source = data.source(config)  # first: a bad row is found sooner than weights are read
-  policy = setup.load(config)
+  policy = dataclasses.replace(setup.load(config), stop=stop)
   heldout = data.heldout(config, policy.text).prompts
   state = update.create(policy.params, config, policy.mesh)
   policy = dataclasses.replace(policy, params={})  # the state holds them
   checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
-  position = 0
-  if checkpoints.latest() is not None:
-    state, position = checkpoints.restore(state)
-  start = int(state.step)
-  if start > config.train.steps:
-    raise UserError(
-      f"{workdir} holds {start} steps, more than config.train.steps = {config.train.steps}: raise "
-      "it or give another --workdir"
-    )
-
-  stop = _Stop()
+  state, position = _restored(checkpoints, state, workdir, config)
+  start = done = int(state.step)
+  steps = config.train.steps
   with (
-    metrics_lib.Writer(workdir, start) as writer,
-    metrics_lib.Progress(config.train.steps, start, "train", enabled=True) as progress,
+    contextlib.closing(checkpoints),  # what was saved is also written where an error ends the run
+    metrics_lib.Writer(workdir, start, enabled=hosts.first()) as writer,
+    metrics_lib.Progress(steps, start, "train", enabled=hosts.first()) as progress,
   ):
     progress.note(f"continues at step {start}" if start else "compiling the first step")
-    for step in range(start, config.train.steps):
+    try:
+      for step in range(start, steps):
+        begun, metrics = time.perf_counter(), {}
+        params = _sampled(state, policy, config)
+        if step == 0 or (config.eval.every and step % config.eval.every == 0):
+          metrics = evaluate.accuracy(params, heldout, policy=policy, config=config)
+        evaluated = time.perf_counter()
+        state, position, figures = _step(
+          state, params, position, step, source, policy, config, workdir
+        )
+        done = step + 1
+        metrics |= figures | {"time/evaluate": evaluated - begun}
+        if done == steps or done % config.train.checkpoint_every == 0:
+          checkpoints.save(done, state, position)
+        metrics["time/step"] = time.perf_counter() - begun
+        writer.write(step, metrics)
+        progress.advance(metrics)
       begun = time.perf_counter()
-      metrics = {}
-      params = update.weights(state, config, policy.mesh)
-      if step == 0 or (config.eval.every and step % config.eval.every == 0):
-        metrics |= evaluate.accuracy(params, heldout, policy=policy, config=config)
-      evaluated = time.perf_counter()
-      state, position, figures = _step(
-        state, params, position, step, source, policy, config, workdir
-      )
-      metrics |= figures | {"time/evaluate": evaluated - begun}
-      last = step + 1 == config.train.steps
-      if last or stop.asked or (step + 1) % config.train.checkpoint_every == 0:
-        checkpoints.save(step + 1, state, position)
-      metrics["time/step"] = time.perf_counter() - begun
-      writer.write(step, metrics)
-      progress.advance(metrics)
-      if stop.asked and not last:
-        progress.note(f"stopped: saved after step {step}; the same command continues there")
-        checkpoints.close()
-        raise SystemExit(128 + stop.asked)
-    begun = time.perf_counter()
-    params = update.weights(state, config, policy.mesh)
-    after = evaluate.accuracy(params, heldout, policy=policy, config=config)
-    writer.write(config.train.steps, after | {"time/evaluate": time.perf_counter() - begun})
-  checkpoints.close()
-  return _conclude(workdir, len(heldout), config)
+      params = _sampled(state, policy, config)
+      after = evaluate.accuracy(params, heldout, policy=policy, config=config)
+      writer.write(steps, after | {"time/evaluate": time.perf_counter() - begun})
+    except preemption.Stopped as stopped:
+      if done:
+        checkpoints.save(done, state, position)
+        checkpoints.wait()
+      saved = f"{done} steps are saved in {checkpoints.path}" if done else "no step was finished"
+      progress.note(f"stopped: {saved}; the same command continues there")
+      raise SystemExit(128 + stopped.number) from None
+  return summary.conclude(workdir, len(heldout), config) if hosts.first() else None
+
+
+def _restored(checkpoints: checkpoint.Checkpoints, state, workdir: Path, config):
+  """Returns the newest checkpoint's state and data position, those given where there is none."""
+  if checkpoints.latest() is None:
+    return state, 0
+  state, position = checkpoints.restore(state)
+  if int(state.step) > config.train.steps:
+    raise UserError(
+      f"{workdir} holds {int(state.step)} steps, more than config.train.steps = "
+      f"{config.train.steps}: raise it or give another --workdir"
+    )
+  return state, position
+
+
+def _sampled(state, policy: setup.Setup, config):
+  """Returns the policy's weights as a rollout takes them."""
+  return hosts.local_copy(update.weights(state, config, policy.mesh), policy.mesh)
 
 
 def _step(
@@ -105,10 +134,16 @@ def _step(
     cost = _divergence(state, trained, batches, policy, config)
     credit = jax.device_get(advantages.estimate(trained, reward - cost, greedy, config=config))
     batches = packing.pack(trained, credit, config=config)
+  if jax.process_count() > 1:
+    optimize = update.program(state, graph=policy.graph, config=config, mesh=policy.mesh)
+    for batch in batches:  # compiled before hosts meet: none waits on its devices for another
+      optimize.lower(state, update.place(batch, config, policy.mesh)).compile()
+    hosts.meet()
   state, measured = update.step(state, batches, graph=policy.graph, config=config, mesh=policy.mesh)
   measured = {name: float(x) for name, x in jax.device_get(measured).items()}
   updated = time.perf_counter()
-  if step % config.train.trees_every == 0 or step + 1 == config.train.steps:
+  due = step % config.train.trees_every == 0 or step + 1 == config.train.steps
+  if due and hosts.first():
     prompts = [prompt for rollout in rollouts for prompt in rollout.prompts]
     written = records.records(trees, reward, credit, prompts, step, config=config)
     write_trees(workdir, step, written, policy)
@@ -216,47 +251,6 @@ def _merge(figures: list[dict[str, float]]) -> dict[str, float]:
   return merged | {"rollout/decode_saving": saved}
 
 
-def _conclude(workdir: Path, prompts: int, config) -> dict:
-  """Writes summary.json and the plots from metrics.jsonl, and prints the end table."""
-  metrics = metrics_lib.read(workdir / metrics_lib.NAME)
-  total = lambda name: sum(m[name] for m in metrics if name in m)
-  path, trained = total("rollout/tokens_path"), total("update/tokens_trained")
-  summary = {
-    "accuracy_before": metrics[0]["eval/accuracy"],
-    "accuracy_after": metrics[-1]["eval/accuracy"],
-    "heldout_prompts": prompts,
-    "steps": config.train.steps,
-    "seconds": total("time/step") + metrics[-1]["time/evaluate"],
-    "tokens_decoded": total("rollout/tokens_decoded"),
-    "tokens_path": path,
-    "decode_saving": 1 - total("rollout/tokens_decoded") / max(path, 1),
-    "tokens_trained": trained,
-    "token_saving": 1 - trained / max(total("update/tokens_path"), 1),
-    "logprob_gap": max(
-      (m["loss/logprob_gap"] for m in metrics if "loss/logprob_gap" in m), default=0.0
-    ),
-  }
-  plots.plot_learning(metrics, workdir / "plots" / "learning.png")
-  plots.plot_saving(metrics, workdir / "plots" / "saving.png")
-  summary = setup.summarise(workdir, summary, config)
-  share, count = "{:.1%}".format, "{:,.0f}".format
-  rows = [
-    (f"accuracy on {prompts} held-out prompts, before", share(summary["accuracy_before"])),
-    ("after", share(summary["accuracy_after"])),
-    ("steps", count(summary["steps"])),
-    ("seconds", count(summary["seconds"])),
-    ("tokens decoded, shared ones once", count(summary["tokens_decoded"])),
-    ("tokens of all paths, as sequential sampling decodes", count(path)),
-    ("decoding saved", share(summary["decode_saving"])),
-    ("training saved", share(summary["token_saving"])),
-    ("largest gap of rollout and trainer log-probs", f"{summary['logprob_gap']:.1e}"),
-  ]
-  metrics_lib.table("TreePO", rows)
-  last = f"trees/step_{config.train.steps - 1}.html"
-  print(f"Pictures: {workdir}/plots/learning.png, saving.png; the last trees: {workdir}/{last}")
-  return summary
-
-
 def export(config, workdir: Path, output: Path) -> None:
   """Writes the newest weights of the run in workdir as a Hugging Face directory."""
   policy = setup.load(config)
@@ -267,7 +261,8 @@ def export(config, workdir: Path, output: Path) -> None:
   checkpoints.close()
   params = update.weights(state, config, policy.mesh)
   weights.save(output, policy.arch, params, source=config.model.path)
-  print(f"weights after {int(state.step)} steps: {output}")
+  if hosts.first():
+    print(f"weights after {int(state.step)} steps: {output}")
 
 
 def rollout(config, workdir: Path) -> dict:
@@ -277,7 +272,10 @@ def rollout(config, workdir: Path) -> dict:
   source = data.source(config)
   batch = data.take(source, policy.text, start=0, count=config.rollout.prompts, config=config)
   key = setup.key(config, 0, 0)
-  made = _rollout(policy.params, key, batch.prompts, policy, config)
+  params = hosts.local_copy(policy.params, policy.mesh)
+  made = _rollout(params, key, batch.prompts, policy, config)
+  if not hosts.first():
+    return made.metrics
   credit = jax.device_get(advantages.estimate(made.tree, made.reward, made.greedy, config=config))
   written = records.records(made.tree, made.reward, credit, made.prompts, 0, config=config)
   write_trees(workdir, 0, written, policy)
@@ -287,19 +285,3 @@ def rollout(config, workdir: Path) -> dict:
   metrics_lib.table("Rollout", shown)
   print(f"Trees: {workdir}/trees/step_0.jsonl, step_0.html")
   return setup.summarise(workdir, made.metrics, config)
-
-
-class _Stop:
-  """Remembers that the run was told to stop, so that the step in hand is finished and saved.
-
-  A second signal ends the program at once.
-  """
-
-  def __init__(self):
-    self.asked = 0
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, self._ask)
-
-  def _ask(self, number: int, _):
-    signal.signal(number, signal.SIG_DFL)
-    self.asked = number

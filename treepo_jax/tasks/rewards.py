@@ -99,6 +99,17 @@ def grade(
   )
 
 
+def join(parts: Sequence[Grades]) -> Grades:
+  """Returns the verdicts of all parts as one, in their order."""
+  values = [part.value for part in parts if part.value is not None]
+  return Grades(
+    correct=np.concatenate([part.correct for part in parts]),
+    extracted=[answer for part in parts for answer in part.extracted],
+    status=[status for part in parts for status in part.status],
+    value=np.concatenate(values) if values else None,
+  )
+
+
 def score(
   grades: Grades, tokens: Int[np.ndarray, " n"], *, longest: int, config
 ) -> Float[np.ndarray, " n"]:
