@@ -16,6 +16,7 @@ ORDER = (
   "model.transformer",
   "model.known",
   "model.hf_config",
+  "model.shards",
   "model.weights",
   "tasks.arithmetic",
   "tasks.closed_form",
