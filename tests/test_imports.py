@@ -18,6 +18,7 @@ ORDER = (
   "model.hf_config",
   "model.shards",
   "model.weights",
+  "model.hub",
   "tasks.arithmetic",
   "tasks.closed_form",
   "tasks.answers",

@@ -30,8 +30,10 @@ def default() -> ml_collections.ConfigDict:
   c.seed = 0  # every draw is folded from it
 
   c.model = ml_collections.ConfigDict()
-  # Hugging Face directory: config.json, *.safetensors, tokenizer
+  # Hugging Face directory (config.json, *.safetensors, tokenizer), or a name on the hub such as
+  # "Qwen/Qwen2.5-7B", which is fetched once; a directory that exists goes first
   c.model.path = EMBEDDED_POLICY
+  c.model.revision = ""  # on the hub: branch, tag or commit; "": the main branch
   c.model.dtype = (
     "float32"  # "float32" | "bfloat16": of weights and activations; losses are float32
   )

@@ -13,8 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from treepo_jax.config import UserError
+from treepo_jax.model import hub, transformer, weights
 from treepo_jax.model import mesh as mesh_lib
-from treepo_jax.model import transformer, weights
 from treepo_jax.rollout import grow
 from treepo_jax.run import metrics as metrics_lib
 from treepo_jax.tasks import text as text_lib
@@ -40,6 +40,7 @@ class Setup:
     text: tokenizer.
     table: box automaton over the model's token ids.
     shape: settings of the rollout.
+    folder: where the model's files are.
   """
 
   graph: nnx.GraphDef
@@ -49,13 +50,15 @@ class Setup:
   table: np.ndarray
   shape: grow.Settings
   mesh: Mesh
+  folder: Path
 
 
 def load(config: ml_collections.FrozenConfigDict) -> Setup:
   """Loads the policy of config.model.path onto the mesh of config.mesh."""
   mesh = mesh_lib.create(config)
-  text = text_lib.load(config.model.path)
-  graph, params, arch = weights.load(config.model.path, config.model.dtype, mesh)
+  folder = hub.find(config.model.path, config.model.revision)
+  text = text_lib.load(folder)
+  graph, params, arch = weights.load(folder, config.model.dtype, mesh)
   shape = grow.settings(
     config,
     vocabulary=min(len(text.tokenizer), arch.vocab_size),
@@ -68,7 +71,7 @@ def load(config: ml_collections.FrozenConfigDict) -> Setup:
       f"rollout.prompt_length + rollout.depth * rollout.segment = {longest} tokens, but "
       f"{config.model.path} has {arch.max_positions} positions: lower one of the three"
     )
-  return Setup(graph, params, arch, text, text.automaton(arch.vocab_size), shape, mesh)
+  return Setup(graph, params, arch, text, text.automaton(arch.vocab_size), shape, mesh, folder)
 
 
 def key(config: ml_collections.FrozenConfigDict, step: int, stream: int) -> jax.Array:
