@@ -114,9 +114,15 @@ def same(a: Path, b: Path) -> bool:
   from treepo_jax.model import shards
 
   ours, theirs = shards.find(a), shards.find(b)
-  bits = lambda tensor: tensor.read(slice(None)).view(np.uint16)
+
+  def bits(tensor: shards.Tensor) -> Iterator[np.ndarray]:
+    pieces = tensor.pieces((slice(None),) * len(tensor.shape))
+    return (piece.view(np.uint16) for _, piece in pieces)
+
   return ours.keys() == theirs.keys() and all(
-    np.array_equal(bits(ours[name]), bits(theirs[name])) for name in ours
+    np.array_equal(x, y)
+    for name in ours
+    for x, y in zip(bits(ours[name]), bits(theirs[name]), strict=True)
   )
 
 
@@ -139,7 +145,9 @@ def main() -> None:
   parser.add_argument("--folder", type=Path, required=True, help="a new one; removed at the end")
   parser.add_argument("--quick", action="store_true", help="a checkpoint of 140 MB")
   parser.add_argument("--json", type=Path, help="file for the figures")
-  parser.add_argument("--part", choices=("load", "reference"), help="what a process of its own does")
+  parser.add_argument(
+    "--part", choices=("load", "reference"), help="what a process of its own does"
+  )
   parser.add_argument("--dtype", default="bfloat16")
   args = parser.parse_args()
   if args.part:
@@ -148,7 +156,15 @@ def main() -> None:
   size = build(args.folder, QUICK if args.quick else SIZES)
 
   def run(part: str, dtype: str) -> dict:
-    command = [sys.executable, __file__, f"--folder={args.folder}", "--part", part, "--dtype", dtype]
+    command = [
+      sys.executable,
+      __file__,
+      f"--folder={args.folder}",
+      "--part",
+      part,
+      "--dtype",
+      dtype,
+    ]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
   figures: dict = {"checkpoint_bytes": size, "files": len(list(args.folder.glob("*.safetensors")))}
@@ -160,7 +176,6 @@ def main() -> None:
       loaded["peak_over_size"] = loaded["peak_bytes"] / of
       loaded["added_over_size"] = (loaded["peak_bytes"] - loaded["before_bytes"]) / of
       ours, theirs = (np.load(args.folder / f"{who}_{dtype}.npy") for who in ("ours", "theirs"))
-      exact = np.load(args.folder / "theirs_bfloat16.npy")
       loaded["log_prob_difference"] = {
         "mean": float(np.abs(ours - theirs).mean()),
         "max": float(np.abs(ours - theirs).max()),

@@ -47,7 +47,9 @@ def test_a_directory_goes_first(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / NAME).mkdir(parents=True)
   assert hub.find(NAME, "") == Path(NAME)
-  with pytest.raises(UserError, match=r"is a directory, which has no config\.model\.revision = 'v1'"):
+  with pytest.raises(
+    UserError, match=r"is a directory, which has no config\.model\.revision = 'v1'"
+  ):
     hub.find(NAME, "v1")
 
 

@@ -104,9 +104,7 @@ def test_bfloat16_is_kept_bit_for_bit(reference, tmp_path):
   half.save_pretrained(tmp_path / "half")
   graph, params, arch = weights.load(tmp_path / "half", "bfloat16")
   weights.save(tmp_path / "ours", arch, params, source=folder)
-  _equal(
-    load_file(tmp_path / "ours" / shards.WHOLE), load_file(tmp_path / "half" / shards.WHOLE)
-  )
+  _equal(load_file(tmp_path / "ours" / shards.WHOLE), load_file(tmp_path / "half" / shards.WHOLE))
   assert type(model).from_pretrained(tmp_path / "ours").dtype == torch.bfloat16
   _equal(
     weights.load(tmp_path / "half", "float32")[1],
@@ -192,10 +190,10 @@ def test_mesh_reads_every_weight_once_and_never_whole(reference, monkeypatch):
   read = []
 
   class Watched(shards.Tensor):
-    def read(self, index):
-      part = super().read(index)
-      read.append((part.size, int(np.prod(self.shape))))
-      return part
+    def pieces(self, index):
+      for rows, piece in super().pieces(index):
+        read.append((piece.size, int(np.prod(self.shape))))
+        yield rows, piece
 
   monkeypatch.setattr(shards, "Tensor", Watched)
   _, params, _ = weights.load(folder, "float32", _mesh(2, 2, 2))
@@ -413,9 +411,11 @@ def test_one_file_and_shards_replace_each_other(model, broken):
     weights.save(folder, arch, changed, shard_bytes=limit)
     _equal(weights.load(folder, "float32")[1], changed)
     assert (folder / shards.WHOLE).exists() == (limit == 10**9)
-    named = set(json.loads((folder / shards.INDEX).read_text())["weight_map"].values()) if (
-      folder / shards.INDEX
-    ).exists() else {shards.WHOLE}
+    named = (
+      set(json.loads((folder / shards.INDEX).read_text())["weight_map"].values())
+      if (folder / shards.INDEX).exists()
+      else {shards.WHOLE}
+    )
     assert {file.name for file in folder.glob("*.safetensors")} == named
 
 

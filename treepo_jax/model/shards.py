@@ -1,6 +1,7 @@
 """Safetensors files of a directory, one or in shards: read slice by slice, written as a stream."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,8 @@ INDEX = "model.safetensors.index.json"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 SHARD_BYTES = 5_000_000_000  # of a file, as hubs and transformers cut them
 
+PIECE = 1 << 23  # elements that are read at once
+
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 
 
@@ -29,11 +32,17 @@ class Tensor(NamedTuple):
   shape: tuple[int, ...]
   kind: str  # dtype as safetensors names it
 
-  def read(self, index: Any) -> np.ndarray:
-    """Returns the part at `index`, a slice or a tuple of them."""
-    # Mapped only while it is read, or the whole file would come to count as this process's memory.
-    with safe_open(self.file, framework="numpy") as file:
-      return file.get_slice(self.name)[index]
+  def pieces(self, index: tuple[slice, ...]) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields the part at `index`, some rows at a time, each with its rows in the part."""
+    start, stop, _ = index[0].indices(self.shape[0])
+    rest = [range(*i.indices(n)) for i, n in zip(index[1:], self.shape[1:], strict=True)]
+    step = max(1, PIECE // max(math.prod(map(len, rest)), 1))
+    for i in range(start, stop, step):
+      end = min(i + step, stop)
+      # Opened anew: what was read of a file that is mapped counts as memory until it is closed.
+      with safe_open(self.file, framework="numpy") as file:
+        piece = file.get_slice(self.name)[(slice(i, end), *index[1:])]
+      yield slice(i - start, end - start), piece
 
 
 class Entry(NamedTuple):

@@ -1,4 +1,4 @@
-"""One decoder for Qwen2, Qwen2.5, Qwen3 and Llama, as flax.nnx modules over stacked layers.
+"""One decoder for Qwen2, Qwen2.5, Qwen3, Llama and Mistral, as flax.nnx modules over stacked layers.
 
 Axes: R packed rows, L tokens of a row, Q = G x M decode rows in groups, S tokens of a segment,
 W width, H heads, K key-value heads, D head size, V vocabulary, N layers.
@@ -31,7 +31,7 @@ class RopeScaling:
 class Architecture:
   """What a checkpoint's config.json says of the decoder; hashable, so it can be static."""
 
-  family: str  # "qwen2" | "qwen3" | "llama"
+  family: str  # "qwen2" | "qwen3" | "llama" | "mistral"
   vocab_size: int
   width: int
   layers: int

@@ -59,15 +59,17 @@ COMPANIONS = (
   "chat_template.json",
 )
 
+ALIGNMENT = 64  # bytes
+
 
 def load(
   path: str | Path, dtype, mesh: Mesh | None = None
 ) -> tuple[nnx.GraphDef, dict, transformer.Architecture]:
-  """Returns (graph, params, architecture) of a Qwen2, Qwen3 or Llama directory, in `dtype`.
+  """Returns (graph, params, architecture) of a Qwen2, Qwen3, Llama or Mistral directory, in `dtype`.
 
   With a mesh every weight is made where mesh.shardings puts it. The host holds one stacked weight
-  beside what is on the devices, the largest first: on a CPU the two together stay near the size of
-  the model. Raises UserError naming file, key or tensor where the directory cannot be read.
+  (or this process's part of it) beside what is on the devices, which on a CPU is that very memory.
+  Raises UserError naming file, key or tensor where the directory cannot be read.
   """
   folder = Path(path)
   arch = hf_config.read(folder)
@@ -75,17 +77,16 @@ def load(
   leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
   stored = shards.find(folder)
   _check(folder, {_key(keys): x for keys, x in leaves}, stored)
-  arrays: list[jax.Array | None] = [None] * len(leaves)
-  for i in sorted(range(len(leaves)), key=lambda i: -leaves[i][1].size):
-    keys, x = leaves[i]
-    read = _once(_reader(_key(keys), x, stored))
+
+  def make(keys, x) -> jax.Array:
+    read = _reader(_key(keys), x, stored)
     if mesh is None:
-      arrays[i] = jnp.asarray(read((slice(None),) * x.ndim))
-    else:
-      sharding = jax.sharding.NamedSharding(mesh, mesh_lib.spec(keys, x.shape, mesh))
-      arrays[i] = jax.make_array_from_callback(x.shape, sharding, read)
-    jax.block_until_ready(arrays[i])  # or the copies of several wait on the host to be sent
-  return graph, jax.tree.unflatten(structure, arrays), arch
+      return jnp.asarray(read((slice(None),) * x.ndim))
+    sharding = jax.sharding.NamedSharding(mesh, mesh_lib.spec(keys, x.shape, mesh))
+    array = jax.make_array_from_callback(x.shape, sharding, _once(read))
+    return array.block_until_ready()  # or the weights of several wait on the host to be sent
+
+  return graph, jax.tree.unflatten(structure, [make(keys, x) for keys, x in leaves]), arch
 
 
 def save(
@@ -201,9 +202,9 @@ def _same(a: shards.Tensor, b: shards.Tensor) -> bool:
   """Returns whether two matrices are equal, some rows at a time."""
   if a.shape != b.shape:
     return False
-  starts = range(0, a.shape[0], 4096)
-  parts = (slice(i, min(i + starts.step, a.shape[0])) for i in starts)
-  return all(np.array_equal(a.read(part), b.read(part)) for part in parts)
+  whole = (slice(None),) * len(a.shape)
+  pieces = zip(a.pieces(whole), b.pieces(whole), strict=True)
+  return all(np.array_equal(ours, theirs) for (_, ours), (_, theirs) in pieces)
 
 
 def _reader(key: str, x: jax.ShapeDtypeStruct, stored: dict[str, shards.Tensor]) -> Callable:
@@ -213,14 +214,23 @@ def _reader(key: str, x: jax.ShapeDtypeStruct, stored: dict[str, shards.Tensor])
 
   def read(index: tuple[slice, ...]) -> np.ndarray:
     sizes = [len(range(*part.indices(size))) for part, size in zip(index, x.shape, strict=True)]
-    out = np.empty(sizes, x.dtype)
+    out = _empty(sizes, x.dtype)
     layers, index = (index[0], index[1:]) if stacked else (slice(None), index)
     for row, name in zip(out if stacked else out[None], names[layers], strict=True):
-      part = stored[name].read(index[::-1] if transposed else index)
-      row[...] = part.T if transposed else part
+      theirs = row.T if transposed else row
+      for rows, piece in stored[name].pieces(index[::-1] if transposed else index):
+        theirs[rows] = piece
     return out
 
   return read
+
+
+def _empty(shape: list[int], dtype) -> np.ndarray:
+  """Returns an array at an address that jax takes over on a CPU as it stands, without a copy."""
+  size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+  room = np.empty(size + ALIGNMENT, np.uint8)
+  start = -room.ctypes.data % ALIGNMENT
+  return room[start : start + size].view(dtype).reshape(shape)
 
 
 def _once(read: Callable) -> Callable:
