@@ -1,4 +1,4 @@
-"""Host memory of loading a sharded checkpoint, and whether what was loaded is what transformers has.
+"""Host memory of loading a sharded checkpoint; what was loaded against what transformers has.
 
 python experiments/load_memory.py --folder=/tmp/load_memory --json=load_memory.json
 

@@ -71,6 +71,8 @@ def default() -> ml_collections.ConfigDict:
   # "plain": the text and a newline | "boxed": and the instruction to reason and to box the answer |
   # "chat": the chat template | "treepo": with that instruction as the system's turn
   c.data.template = "plain"
+  # What chat templates are told as enable_thinking: False has Qwen3 answer without a thought
+  c.data.thinking = True
 
   c.rollout = ml_collections.ConfigDict()
   c.rollout.prompts = 16  # prompts a step

@@ -61,9 +61,10 @@ def find(path: str, revision: str) -> Path:
   except errors.LocalEntryNotFoundError as error:
     partly = isinstance(error, errors.IncompleteSnapshotError)
     raise UserError(
-      f"{said} is no directory, its copy in the cache is {'not whole' if partly else 'absent'}, and "
-      f"the Hugging Face hub cannot be reached: {_reason(error)}. Run `hf download {path}` where "
-      "there is a network and give that directory as config.model.path, or unset HF_HUB_OFFLINE"
+      f"{said} is no directory, its copy in the cache is {'not whole' if partly else 'absent'}, "
+      f"and the Hugging Face hub cannot be reached: {_reason(error)}. Run `hf download {path}` "
+      "where there is a network and give that directory as config.model.path, or unset "
+      "HF_HUB_OFFLINE"
     ) from error
   except (errors.HTTPError, OSError) as error:
     raise UserError(

@@ -1,4 +1,4 @@
-"""One decoder for Qwen2, Qwen2.5, Qwen3, Llama and Mistral, as flax.nnx modules over stacked layers.
+"""One decoder for Qwen2, Qwen2.5, Qwen3, Llama and Mistral: flax.nnx modules, stacked layers.
 
 Axes: R packed rows, L tokens of a row, Q = G x M decode rows in groups, S tokens of a segment,
 W width, H heads, K key-value heads, D head size, V vocabulary, N layers.

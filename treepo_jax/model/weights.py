@@ -65,7 +65,7 @@ ALIGNMENT = 64  # bytes
 def load(
   path: str | Path, dtype, mesh: Mesh | None = None
 ) -> tuple[nnx.GraphDef, dict, transformer.Architecture]:
-  """Returns (graph, params, architecture) of a Qwen2, Qwen3, Llama or Mistral directory, in `dtype`.
+  """Returns (graph, params, architecture) of a directory in `dtype`; hf_config.CLASSES are read.
 
   With a mesh every weight is made where mesh.shardings puts it. The host holds one stacked weight
   (or this process's part of it) beside what is on the devices, which on a CPU is that very memory.
@@ -101,8 +101,8 @@ def save(
 
   The tokenizer's files, generation_config.json and the ids of special tokens come from `source`,
   the directory that the model was loaded from. All is written beside `path` first and then renamed:
-  a new model is there whole or not at all, and one that was there before is replaced. Weights beyond
-  `shard_bytes` are cut into files. With several processes all call this and the first writes.
+  a new model is there whole or not at all, and one that was there before is replaced. Weights
+  beyond `shard_bytes` are cut into files. With several processes all call this, the first writes.
   Raises UserError where `path` cannot be written or `source` is absent.
   """
   path, source = Path(path), None if source is None else Path(source)

@@ -57,7 +57,7 @@ def load(config: ml_collections.FrozenConfigDict) -> Setup:
   """Loads the policy of config.model.path onto the mesh of config.mesh."""
   mesh = mesh_lib.create(config)
   folder = hub.find(config.model.path, config.model.revision)
-  text = text_lib.load(folder)
+  text = text_lib.load(folder, thinking=config.data.thinking)
   graph, params, arch = weights.load(folder, config.model.dtype, mesh)
   shape = grow.settings(
     config,
