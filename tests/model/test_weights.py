@@ -4,6 +4,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -21,6 +23,7 @@ from treepo_jax.model import shards, transformer, weights
 LENGTH, PROMPT = 80, 16
 SHARED = Path(os.environ.get("TREEPO_SHARED", Path(__file__).parents[3] / "shared"))
 STORIES = SHARED / "data" / "models" / "stories260K"
+QWEN3 = SHARED / "data" / "tokenizers" / "qwen3"
 
 
 def _forward(graph):
@@ -201,6 +204,28 @@ def test_mesh_reads_every_weight_once_and_never_whole(reference, monkeypatch):
   assert {part for part, whole in read if whole == 32 * 48} == {32 * 48 // 4}
 
 
+@pytest.mark.slow
+def test_loading_holds_no_second_copy(tmp_path):
+  """129 MB of bfloat16 in several files, in processes of their own; exact, and saved as it was."""
+  pytest.importorskip("torch")
+  root, out = Path(__file__).parents[2], tmp_path / "figures.json"
+  command = [sys.executable, root / "experiments" / "load_memory.py", "--quick", f"--json={out}"]
+  subprocess.run(
+    [*command, f"--folder={tmp_path / 'model'}"],
+    env=os.environ | {"PYTHONPATH": str(root)},
+    check=True,
+    stdout=subprocess.DEVNULL,
+  )
+  figures = json.loads(out.read_text())
+  assert figures["files"] > 2 and figures["bfloat16"]["round_trip_exact"]
+  assert figures["bfloat16"]["added_over_size"] < 1.3
+  assert figures["float32"]["added_over_size"] < 1.3
+  assert figures["float32"]["log_prob_difference"]["max"] < 1e-4
+  # both round, each its own way
+  ours, theirs = (figures[f"{who}_bfloat16_to_exact"] for who in ("ours", "theirs"))
+  assert ours["mean"] < 2 * theirs["mean"]
+
+
 # What can be wrong with a directory
 
 
@@ -350,6 +375,31 @@ def test_tied_head_is_read_once_where_it_is_the_embedding(broken, model):
 
 
 # Saving
+
+
+def test_a_real_tokenizer_comes_along_byte_for_byte(model, tmp_path):
+  """transformers then reads from the copy what it reads from the source: ids, template, ends."""
+  transformers = pytest.importorskip("transformers")
+  if not QWEN3.exists():
+    pytest.skip(f"the tokenizer of Qwen3 is not at {QWEN3}")
+  arch, params, _ = model
+  source = tmp_path / "source"
+  source.mkdir()
+  files = ("tokenizer.json", "tokenizer_config.json")
+  for name in files:
+    shutil.copyfile(QWEN3 / name, source / name)
+  ends = {"eos_token_id": [151645, 151643], "pad_token_id": 151643}
+  (source / "generation_config.json").write_text(json.dumps(ends))
+  weights.save(tmp_path / "ours", arch, params, source=source)
+  for name in files:
+    assert (tmp_path / "ours" / name).read_bytes() == (source / name).read_bytes()
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+  turns = [{"role": "user", "content": "7 🎉"}]
+  text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+  assert text == "<|im_start|>user\n7 🎉<|im_end|>\n<|im_start|>assistant\n"
+  assert tokenizer.encode("<|im_start|>hello<|im_end|>") == [151644, 14990, 151645]
+  generation = transformers.GenerationConfig.from_pretrained(tmp_path / "ours")
+  assert generation.eos_token_id == [151645, 151643]
 
 
 def test_tokenizer_and_special_tokens_come_along(model, tmp_path):
