@@ -251,7 +251,7 @@ def test_every_qwen_token_moves_as_its_bytes_do(qwen3):
   step = text_lib._byte_table()
   state = np.repeat(np.arange(text_lib.STATES, dtype=np.int8)[:, None], len(spelling), 1)
   for j in range(max(map(len, spelling))):
-    (longer,) = np.nonzero([len(s) > j for s in spelling])
+    longer = [i for i, s in enumerate(spelling) if len(s) > j]
     state[:, longer] = step[state[:, longer], [spelling[i][j] for i in longer]]
   np.testing.assert_array_equal(table, state)
 

@@ -14,6 +14,9 @@ FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", *w
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
+# Of the HTTP library underneath, which changes its name between releases of the hub's.
+HTTPError = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
 
 def find(path: str, revision: str) -> Path:
   """Returns the directory of a model, fetched from the hub where `path` is no directory.
@@ -66,7 +69,7 @@ def find(path: str, revision: str) -> Path:
       "where there is a network and give that directory as config.model.path, or unset "
       "HF_HUB_OFFLINE"
     ) from error
-  except (errors.HTTPError, OSError) as error:
+  except (HTTPError, OSError) as error:
     raise UserError(
       f"{said} cannot be fetched from the Hugging Face hub: {error}; the same command again "
       "continues the download"
