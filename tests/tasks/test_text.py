@@ -250,8 +250,9 @@ def test_every_qwen_token_moves_as_its_bytes_do(qwen3):
   assert any(s and not s.decode(errors="ignore") for s in spelling)
   step = text_lib._byte_table()
   state = np.repeat(np.arange(text_lib.STATES, dtype=np.int8)[:, None], len(spelling), 1)
-  for j in range(max(map(len, spelling))):
-    longer = [i for i, s in enumerate(spelling) if len(s) > j]
+  lengths = np.array([len(s) for s in spelling])
+  for j in range(lengths.max()):
+    (longer,) = np.nonzero(lengths > j)
     state[:, longer] = step[state[:, longer], [spelling[i][j] for i in longer]]
   np.testing.assert_array_equal(table, state)
 
