@@ -32,6 +32,7 @@ setuptools.setup(
     "pyarrow",  # Parquet
     "chex",
     "jaxtyping",  # shapes in the types of fields and signatures
+    "huggingface_hub",  # models by name
     "safetensors",  # weights in and out, bfloat16 without torch
     # equality of mathematical answers; the extra names the parser's runtime. Exact: verdicts are
     # part of what a run measured

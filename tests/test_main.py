@@ -32,6 +32,10 @@ def run(*arguments: str) -> str:
     ((TINY, "--config.rollout.depth=deep"), ("config.rollout.depth", "deep")),
     ((TINY, "--config.rollout.prompt_length=8"), ("prompt", " tokens", "prompt_length = 8")),
     ((TINY, "--config.model.path=nowhere"), ("model.path", "nowhere")),
+    (
+      (TINY, "--config.model.path=someone/no-such-policy"),
+      ("model.path", "someone/no-such-policy"),
+    ),
     ((TINY, "--mode=tran"), ("mode", "train")),
     ((TINY, "--wrkdir=x"), ("wrkdir",)),
     ((TINY, "train"), ("train", "--")),

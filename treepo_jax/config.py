@@ -30,8 +30,10 @@ def default() -> ml_collections.ConfigDict:
   c.seed = 0  # every draw is folded from it
 
   c.model = ml_collections.ConfigDict()
-  # Hugging Face directory: config.json, *.safetensors, tokenizer
+  # Hugging Face directory (config.json, *.safetensors, tokenizer), or a name on the hub such as
+  # "Qwen/Qwen2.5-7B", which is fetched once; a directory that exists goes first
   c.model.path = EMBEDDED_POLICY
+  c.model.revision = ""  # on the hub: branch, tag or commit; "": the main branch
   c.model.dtype = (
     "float32"  # "float32" | "bfloat16": of weights and activations; losses are float32
   )
@@ -69,6 +71,8 @@ def default() -> ml_collections.ConfigDict:
   # "plain": the text and a newline | "boxed": and the instruction to reason and to box the answer |
   # "chat": the chat template | "treepo": with that instruction as the system's turn
   c.data.template = "plain"
+  # What chat templates are told as enable_thinking: False has Qwen3 answer without a thought
+  c.data.thinking = True
 
   c.rollout = ml_collections.ConfigDict()
   c.rollout.prompts = 16  # prompts a step

@@ -105,6 +105,64 @@ def test_the_gradient_is_that_of_the_whole_weights():
     assert not np.asarray(gradient[4][name]["a"]).any()  # B is zero
 
 
+def _adapters(params, targets, rank=3):
+  """Returns adapters whose B is not zero."""
+  adapters = lora.create(params, jax.random.key(0), rank=rank, targets=targets)
+  for i, adapter in enumerate(adapters.values()):
+    adapter["b"] = 0.1 * jax.random.normal(jax.random.key(i), adapter["b"].shape)
+  return adapters
+
+
+@pytest.mark.parametrize("targets", [("query", "down"), config_lib.PROJECTIONS])
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_beside_the_weights_they_compute_what_merged_ones_do(targets, remat):
+  """Hidden states, and the gradient of A and B, of all projections and of some."""
+  tokens = jax.random.randint(jax.random.key(1), (2, 20), 0, 64)
+  positions = jnp.broadcast_to(jnp.arange(20), tokens.shape)
+  end = jnp.full(tokens.shape, 20)
+
+  def forward(graph, params):
+    return transformer.hidden(graph, params, tokens, positions, end, remat=remat)
+
+  weight = jax.random.normal(jax.random.key(2), (2, 20, 16))
+
+  def merged(adapters):
+    x = forward(GRAPH, lora.merge(PARAMS, adapters, scale=2.0))
+    return (weight * x).sum(), x
+
+  def beside(adapters):
+    x = forward(*transformer.adapted(GRAPH, PARAMS, adapters, scale=2.0))
+    return (weight * x).sum(), x
+
+  adapters = _adapters(PARAMS, targets)
+  found, expected = (jax.jit(jax.grad(f, has_aux=True))(adapters) for f in (beside, merged))
+  plain = forward(GRAPH, PARAMS)
+  assert np.abs(expected[1] - plain).max() > 0.1
+  np.testing.assert_allclose(found[1], expected[1], atol=2e-5)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4 * np.abs(y).max()),
+    found[0],
+    expected[0],
+  )
+
+
+def test_the_update_holds_no_second_copy_of_the_weights():
+  """What its program takes beside its arguments is less than the adapted projections are."""
+  wide = replace(ARCHITECTURE, width=512, hidden=2048, head_dim=128, layers=4)
+  graph, params = transformer.abstract(wide)
+  kernels = sum(params["blocks"][name]["kernel"].size * 4 for name in config_lib.PROJECTIONS)
+  c: Any = config_lib.default()
+  c.lora.rank, c.model.remat = 4, "layer"
+  c.learn.row_length, c.learn.micro_rows = 144, 1
+  config, mesh = config_lib.validate(c), mesh_lib.single()
+  packed = update.place(batch(config), config, mesh)
+  state = jax.eval_shape(lambda p: update.create(p, config, mesh), params)
+  program = update.program(state, graph=graph, config=config, mesh=mesh)
+  analysis = program.lower(state, packed).compile().memory_analysis()
+  assert analysis is not None  # a backend may not say; the CPU's does
+  assert analysis.temp_size_in_bytes < kernels  # merged: 2.4 times as much as they
+
+
 def test_the_base_is_the_reference():
   config = settings(kl="k3", kl_weight=0.1)
   state, metrics = steps(config, 1)

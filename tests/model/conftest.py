@@ -21,7 +21,7 @@ LLAMA3 = {
   "original_max_position_embeddings": 64,
 }
 
-# Heads over key-value heads are 1, 2 and 4; qwen3's heads are larger than width / heads.
+# Heads over key-value heads are 1, 2 and 4; qwen3's and mistral's are larger than width / heads.
 CASES = {
   "qwen2_tied": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
   "qwen2": ("Qwen2", {"num_key_value_heads": 1, "rms_norm_eps": 1e-5}),
@@ -45,6 +45,10 @@ CASES = {
     },
   ),
   "llama": ("Llama", {"num_key_value_heads": 4, "rope_parameters": {"rope_theta": 500.0}}),
+  "mistral": (
+    "Mistral",
+    {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": None, "rms_norm_eps": 1e-5},
+  ),
 }
 
 

@@ -59,6 +59,21 @@ LLAMA = {  # as Llama-3.2-1B has it
   "tie_word_embeddings": True,
   "vocab_size": 128256,
 }
+MISTRAL = {  # as Mistral-7B-v0.3 has it
+  "model_type": "mistral",
+  "hidden_act": "silu",
+  "hidden_size": 4096,
+  "intermediate_size": 14336,
+  "max_position_embeddings": 32768,
+  "num_attention_heads": 32,
+  "num_hidden_layers": 32,
+  "num_key_value_heads": 8,
+  "rms_norm_eps": 1e-05,
+  "rope_theta": 1000000.0,
+  "sliding_window": None,
+  "tie_word_embeddings": False,
+  "vocab_size": 32768,
+}
 
 
 @pytest.fixture
@@ -125,10 +140,22 @@ def test_windows_that_no_layer_uses_are_accepted(read):
     read(QWEN2 | {"layer_types": ["full_attention", "sliding_attention"] * 14})
 
 
+def test_mistral_with_a_window_is_refused(read):
+  arch = read(MISTRAL)
+  assert (arch.head_dim, arch.kv_heads, arch.qkv_bias, arch.output_bias) == (128, 8, False, False)
+  for keys in ({"sliding_window": 4096}, {}):  # left out it is 4096, as in v0.1
+    with pytest.raises(UserError, match="sliding_window is 4096"):
+      read(_without(MISTRAL, "sliding_window") | keys)
+  assert read(MISTRAL | {"sliding_window": 32768}) == arch  # no row is longer
+  formed = hf_config.form(arch, "bfloat16")
+  assert "sliding_window" in formed and formed["sliding_window"] is None
+  assert read(formed) == arch
+
+
 @pytest.mark.parametrize(
   ("keys", "message"),
   [
-    ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported are qwen2, qwen3, llama"),
+    ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported are qwen2, qwen3, llama, mistral"),
     ({"mlp_bias": True}, "mlp_bias is True; supported is only False"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported is only 'silu'"),
     ({"quantization_config": {"bits": 4}}, "quantization_config is"),

@@ -1,5 +1,6 @@
 r"""Tokenizers, end-of-sequence sets, templates and the `\boxed{...}` automaton over token ids."""
 
+import dataclasses
 import json
 import shutil
 import time
@@ -184,29 +185,92 @@ def test_the_prompt_of_the_paper():
   )
 
 
-def test_qwen_vocabulary_in_time():
-  """152k tokens of several characters, padded beyond the tokenizer's size: under 10 seconds."""
-  text = text_lib.load(shared.path("data", "tokenizers", "qwen3"))
-  began = time.monotonic()
-  table = text.automaton(151936)
-  assert time.monotonic() - began < 10
+@pytest.fixture(scope="module")
+def qwen3() -> text_lib.Text:
+  return text_lib.load(shared.path("data", "tokenizers", "qwen3"))
+
+
+def vectors() -> list[dict]:
+  """Returns public pairs of a text and its ids under the tokenizer of Qwen2, 2.5 and 3."""
+  lines = shared.path("data", "tokenizers", "qwen_test_vectors.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_qwen3_encodes_as_published(qwen3):
+  for vector in vectors():
+    assert qwen3.encode(vector["text"]) == vector["ids"]
+    kept = qwen3.tokenizer.decode(vector["ids"], skip_special_tokens=False)
+    assert kept == vector["text"]
+
+
+def test_qwen2_5_encodes_as_published(tmp_path):
+  """From vocab.json and merges.txt alone, as checkpoints of the first years hold them."""
+  for name in ("vocab.json", "merges.txt"):
+    shutil.copy(shared.path("data", "tokenizers", "qwen2.5", name), tmp_path)
+  special = {"151643": "<|endoftext|>", "151644": "<|im_start|>", "151645": "<|im_end|>"}
+  settings = {
+    "tokenizer_class": "Qwen2Tokenizer",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>",
+    "added_tokens_decoder": {i: {"content": t, "special": True} for i, t in special.items()},
+  }
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+  # as in Qwen2.5-Instruct: generation_config.json names more ends than config.json
+  (tmp_path / "config.json").write_text('{"model_type": "qwen2", "eos_token_id": 151645}')
+  (tmp_path / "generation_config.json").write_text('{"eos_token_id": [151645, 151643]}')
+  text = text_lib.load(tmp_path)
+  assert (text.eos_ids, text.pad_id) == ((151643, 151645), 151643)  # pad is an end as well
+  for vector in vectors():
+    assert text.encode(vector["text"]) == vector["ids"]
+  assert len(text_lib.token_bytes(text.tokenizer, 151936)) == 151936
+
+
+def test_qwen_vocabulary_in_time(qwen3):
+  """152k tokens of several characters, padded beyond the tokenizer's size: 10 seconds of work."""
+  began = time.process_time()
+  table = qwen3.automaton(151936)
+  assert time.process_time() - began < 10
   assert table.shape == (text_lib.STATES, 151936)
   for answer in (
     r"so \boxed{\frac{1}{2}}.",
     r"so \boxed{\frac{1}{2}",
     "日本\\boxed{é}",
     r"$$\boxed{(3, \frac{\pi}{2})}$$",
+    r"\boxed{{}} \boxed{}{{",
   ):
-    assert closed(table, text.encode(answer)) == text_lib.box_closed(answer)
-    assert text.decode(text.encode(answer)) == answer
-  assert text.prompt("Hi", "chat")[-2:] == text.encode("assistant\n")
+    assert closed(table, qwen3.encode(answer)) == text_lib.box_closed(answer)
+    assert qwen3.decode(qwen3.encode(answer)) == answer
 
 
-def test_qwen_spelling_is_the_decoded_text():
-  text = text_lib.load(shared.path("data", "tokenizers", "qwen3"))
-  spelling = text_lib.token_bytes(text.tokenizer, 151936)
+def test_every_qwen_token_moves_as_its_bytes_do(qwen3):
+  """Those of several braces, of backslashes and of part of a character: from every state."""
+  spelling = text_lib.token_bytes(qwen3.tokenizer, 151936)
+  table = text_lib.token_table(spelling)
+  assert sum(s.count(b"{") + s.count(b"}") > 1 for s in spelling) > 100
+  assert any(s and not s.decode(errors="ignore") for s in spelling)
+  step = text_lib._byte_table()
+  state = np.repeat(np.arange(text_lib.STATES, dtype=np.int8)[:, None], len(spelling), 1)
+  lengths = np.array([len(s) for s in spelling])
+  for j in range(lengths.max()):
+    (longer,) = np.nonzero(lengths > j)
+    state[:, longer] = step[state[:, longer], [spelling[i][j] for i in longer]]
+  np.testing.assert_array_equal(table, state)
+
+
+def test_qwen_spelling_is_the_decoded_text(qwen3):
+  spelling = text_lib.token_bytes(qwen3.tokenizer, 151936)
   for i in range(0, 151600, 997):
-    assert spelling[i].decode(errors="replace") == text.decode([i])
+    assert spelling[i].decode(errors="replace") == qwen3.decode([i])
+  emoji = qwen3.encode("😶‍🌫️")  # cut within characters
+  assert b"".join(spelling[i] for i in emoji) == "😶‍🌫️".encode()
+  assert any("\ufffd" in qwen3.decode([i]) for i in emoji)
+
+
+def test_qwen3_thinks_or_does_not(qwen3):
+  asked = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+  plain = dataclasses.replace(qwen3, thinking=False)
+  texts = [t.tokenizer.decode(t.prompt("Hi", "chat")) for t in (qwen3, plain)]
+  assert texts == [asked, asked + "<think>\n\n</think>\n\n"]
 
 
 def test_byte_fallback_tokenizer(tmp_path):
@@ -220,8 +284,14 @@ def test_byte_fallback_tokenizer(tmp_path):
     assert closed(table, ids) == text_lib.box_closed(answer)
 
 
-def test_transformers_uses_the_file_as_it_is():
-  """Some classes of transformers rebuild a tokenizer by rules of their own instead."""
+@pytest.mark.parametrize("family", [None, "qwen2", "llama"])
+def test_the_file_is_used_as_it_is(family, tmp_path):
+  """The families' classes of transformers rebuild a tokenizer by rules of their own instead."""
+  path = Path(EMBEDDED_POLICY)
+  if family is not None:
+    path = write_policy(tmp_path, config={"model_type": family, "eos_token_id": 0})
+    (path / "tokenizer_config.json").unlink()
+  loaded = text_lib.load(path)
   raw = tokenizers.Tokenizer.from_file(str(Path(EMBEDDED_POLICY) / "tokenizer.json"))
   for text in ("Ann has 12 figs. She gets 3 times as many.", "12 + 5 = 17; ", "e\u0301", "<eos>"):
-    assert EMBEDDED.encode(text) == raw.encode(text).ids
+    assert loaded.encode(text) == raw.encode(text).ids

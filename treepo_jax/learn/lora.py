@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): W + (alpha / rank) A B, with A and B trained alone.
 
-The adapted weights are made whole for each forward pass, so that rollout, update, checkpoints and
-export see plain weights; what is saved is the optimizer's state and the float32 copy of W.
+The update computes x W + x A B, and never holds an adapted weight or the gradient of a whole one.
+Rollout, evaluation and export see plain weights, which are merged once a step.
 """
 
 from typing import Any

@@ -208,7 +208,7 @@ def _add_divergence(total: Float[Array, "m"], batch: Batch, mesh: Mesh) -> Float
 def _scored(state: State, batch: Batch, *, graph: nnx.GraphDef, config) -> Batch:
   """Returns the batch with the log-probs that the loss compares with."""
 
-  def score(params: Any) -> Float[Array, "k r l"]:
+  def score(graph: nnx.GraphDef, params: Any) -> Float[Array, "k r l"]:
     log_probs = lambda rows: _log_probs(params, rows, graph, config)[0]
     nothing = lambda rows: jnp.zeros_like(rows.gain)
     one = lambda rows: jax.lax.cond(rows.count.any(), log_probs, nothing, rows)
@@ -216,10 +216,10 @@ def _scored(state: State, batch: Batch, *, graph: nnx.GraphDef, config) -> Batch
 
   if config.learn.kl != "none":
     reference = state.base if state.reference is None else state.reference
-    reference = score(cast(reference, config.model.dtype))
+    reference = score(graph, cast(reference, config.model.dtype))
     batch = dataclasses.replace(batch, reference_log_probs=reference)
   if config.learn.correction != "none":
-    old = jnp.where(batch.count > 0, score(_whole(state.params, state.base, config)), 0)
+    old = jnp.where(batch.count > 0, score(*_policy(state.params, state.base, graph, config)), 0)
     batch = dataclasses.replace(batch, old_log_probs=old, rollout_log_probs=batch.old_log_probs)
   return batch
 
@@ -328,10 +328,18 @@ def accumulate(
 
 def _loss(trained: Any, batch: Batch, *, base: Any, kl_weight, graph: nnx.GraphDef, config):
   """Returns the summed loss of a micro-batch [R, L], and its Ratios."""
-  params = trained if base is None else _whole(trained, base, config)
+  graph, params = _policy(trained, base, graph, config)
   log_probs, entropy = _log_probs(params, batch, graph, config)
   ratios = losses.policy(log_probs, entropy, batch, kl_weight, config=config)
   return ratios["loss/total"].sum, ratios
+
+
+def _policy(trained: Any, base: Any, graph: nnx.GraphDef, config) -> tuple[nnx.GraphDef, Any]:
+  """Returns the model as the update computes it, adapters beside the weights."""
+  if base is None:
+    return graph, cast(trained, config.model.dtype)
+  scale = config.lora.alpha / config.lora.rank
+  return transformer.adapted(graph, base, trained, scale=scale)
 
 
 def _whole(trained: Any, base: Any, config) -> Any:

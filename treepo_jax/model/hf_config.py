@@ -12,7 +12,12 @@ from treepo_jax.config import UserError
 from treepo_jax.model.known import KNOWN
 from treepo_jax.model.transformer import Architecture, RopeScaling
 
-CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+CLASSES = {
+  "qwen2": "Qwen2ForCausalLM",  # Qwen2, Qwen2.5 and what is built on them, as Qwen2.5-Math
+  "qwen3": "Qwen3ForCausalLM",
+  "llama": "LlamaForCausalLM",
+  "mistral": "MistralForCausalLM",
+}
 
 # What transformers takes where config.json leaves a key out.
 ASSUMED = {
@@ -33,11 +38,9 @@ FIXED = ("hidden_act", "mlp_bias", "quantization_config")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def find(path: str | Path) -> Architecture:
-  """Returns the architecture of a directory, or else of a published model by its hub name."""
-  if not Path(path).is_dir() and str(path) in KNOWN:
-    return parse(KNOWN[str(path)], Path(path))
-  return read(path)
+def known(name: str) -> Architecture | None:
+  """Returns the architecture of a published model by its hub name, without its files."""
+  return parse(KNOWN[name], Path(name)) if name in KNOWN else None
 
 
 def read(path: str | Path) -> Architecture:
@@ -53,6 +56,8 @@ def read(path: str | Path) -> Architecture:
 
 def parse(config: dict, file: Path) -> Architecture:
   """Returns the Architecture of a parsed config.json; refuses what the decoder does not do."""
+  if "model_type" in config and config["model_type"] == "mistral":
+    _refuse_mistral_window(config, file)
   config = ASSUMED | {key: value for key, value in config.items() if value is not None}
   family = _take(config, "model_type", str, file)
   if family not in CLASSES:
@@ -88,8 +93,8 @@ def parse(config: dict, file: Path) -> Architecture:
     rope_scaling=scaling,
     max_positions=_take(config, "max_position_embeddings", int, file),
     tied=_take(config, "tie_word_embeddings", bool, file),
-    qkv_bias=family == "qwen2" or bias,
-    output_bias=family != "qwen2" and bias,
+    qkv_bias=family == "qwen2" or (family != "mistral" and bias),
+    output_bias=family in ("qwen3", "llama") and bias,
     qk_norm=family == "qwen3",
   )
 
@@ -128,6 +133,8 @@ def form(arch: Architecture, dtype: str, source: Path | None = None) -> dict:
     "tie_word_embeddings": arch.tied,
     "torch_dtype": dtype,
   }
+  if arch.family == "mistral":
+    config["sliding_window"] = None  # left out it would be 4096
   if parse(config, Path("config.json")) != arch:
     raise ValueError(f"a config.json of model_type {arch.family} cannot describe {arch}")
   found = {}
@@ -159,6 +166,16 @@ def _refuse_windows(config: dict, layers: int, file: Path) -> None:
     raise UserError(
       f"{file}: {key} is {config[key]!r}; supported are models whose layers all attend to "
       "everything before them"
+    )
+
+
+def _refuse_mistral_window(config: dict, file: Path) -> None:
+  """Raises UserError where Mistral's layers, all alike, attend to a window shorter than a row."""
+  window = config["sliding_window"] if "sliding_window" in config else 4096
+  if window is not None and window < _take(config, "max_position_embeddings", int, file):
+    raise UserError(
+      f"{file}: sliding_window is {window!r} (4096 where it is left out); supported are models "
+      "whose layers all attend to everything before them, as Mistral's from v0.2 on"
     )
 
 

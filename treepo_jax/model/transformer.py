@@ -1,4 +1,4 @@
-"""One decoder for Qwen2, Qwen2.5, Qwen3 and Llama, as flax.nnx modules over stacked layers.
+"""One decoder for Qwen2, Qwen2.5, Qwen3, Llama and Mistral: flax.nnx modules, stacked layers.
 
 Axes: R packed rows, L tokens of a row, Q = G x M decode rows in groups, S tokens of a segment,
 W width, H heads, K key-value heads, D head size, V vocabulary, N layers.
@@ -31,7 +31,7 @@ class RopeScaling:
 class Architecture:
   """What a checkpoint's config.json says of the decoder; hashable, so it can be static."""
 
-  family: str  # "qwen2" | "qwen3" | "llama"
+  family: str  # "qwen2" | "qwen3" | "llama" | "mistral"
   vocab_size: int
   width: int
   layers: int
@@ -77,6 +77,18 @@ class Context:
   visible: Bool[Array, "g m c"]
 
 
+class Adapter(nnx.Module):
+  """x @ a @ b, in x's dtype: what a low-rank adapter adds to a projection."""
+
+  def __init__(self, a: Float[Array, "*n i r"], b: Float[Array, "*n r o"]):
+    self.a, self.b = nnx.Param(a), nnx.Param(b)
+
+  def __call__(self, x: Float[Array, "t i"]) -> Float[Array, "t o"]:
+    for factor in (self.a[...], self.b[...]):
+      x = jnp.matmul(x, factor.astype(x.dtype), precision=attention._precision(x.dtype))
+    return x
+
+
 class Linear(nnx.Module):
   """x @ kernel + bias; float32 weights multiply in float32 on every backend."""
 
@@ -84,13 +96,16 @@ class Linear(nnx.Module):
     scale = inputs**-0.5
     self.kernel = nnx.Param(scale * jax.random.normal(rngs(), (inputs, outputs), dtype))
     self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
+    self.adapter: Adapter | None = nnx.data(None)  # set by `adapted`
 
   def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
     kernel = self.kernel[...]
     # As one product of matrices: with more axes the gradients are 2.5 times as slow on a CPU.
     flat = x.reshape(-1, x.shape[-1])
-    flat = jnp.matmul(flat, kernel, precision=attention._precision(kernel.dtype))
-    x = flat.reshape(*x.shape[:-1], -1)
+    out = jnp.matmul(flat, kernel, precision=attention._precision(kernel.dtype))
+    if self.adapter is not None:
+      out += self.adapter(flat)
+    x = out.reshape(*x.shape[:-1], -1)
     return x if self.bias is None else x + along(self.bias[...], x)
 
 
@@ -212,6 +227,25 @@ def architecture(graph: nnx.GraphDef) -> Architecture:
   return next(
     x.value for name, x in graph.attributes if name == "arch" and isinstance(x, nnx.graph.Static)
   )
+
+
+def adapted(
+  graph: nnx.GraphDef, params: dict, adapters: dict, *, scale: float
+) -> tuple[nnx.GraphDef, dict]:
+  """Returns (graph, params) of the model with low-rank adapters beside projections of its layers.
+
+  It computes what weights with scale * A B added would, without ever holding those, nor the
+  gradient of a whole weight.
+
+  Args:
+    adapters: projection -> {"a": [N, inputs, rank], "b": [N, rank, outputs]}.
+    scale: of what they add.
+  """
+  model = nnx.merge(graph, params)
+  for name, adapter in adapters.items():
+    getattr(model.blocks, name).adapter = Adapter(adapter["a"], scale * adapter["b"])
+  graph, state = nnx.split(model)
+  return graph, nnx.to_pure_dict(state)
 
 
 def hidden(

@@ -4,13 +4,12 @@ Reading goes tensor by tensor into stacked arrays, onto the mesh where there is 
 reads only the slices that its devices hold. Writing streams tensor by tensor.
 """
 
-import contextlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,9 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
 
 from treepo_jax.config import UserError
-from treepo_jax.model import hf_config, transformer
+from treepo_jax.model import hf_config, shards, transformer
 from treepo_jax.model import mesh as mesh_lib
 
 # Our weight -> its name in a checkpoint; {} is the layer, one row of our stacked array.
@@ -47,8 +45,6 @@ NAMES = {
   "head.kernel": "lm_head.weight",
 }
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
-
 # Written anew are config.json and the weights; these come along from the source.
 COMPANIONS = (
   "generation_config.json",
@@ -63,45 +59,34 @@ COMPANIONS = (
   "chat_template.json",
 )
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-
-class Stored(NamedTuple):
-  """One tensor of a checkpoint, not yet read."""
-
-  file: Path
-  slice: Any  # of safetensors: get_shape(), get_dtype(), [...] -> numpy
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return tuple(self.slice.get_shape())
+ALIGNMENT = 64  # bytes
 
 
 def load(
   path: str | Path, dtype, mesh: Mesh | None = None
 ) -> tuple[nnx.GraphDef, dict, transformer.Architecture]:
-  """Returns (graph, params, architecture) of a Qwen2, Qwen3 or Llama directory, in `dtype`.
+  """Returns (graph, params, architecture) of a directory in `dtype`; hf_config.CLASSES are read.
 
-  With a mesh every weight is made where mesh.shardings puts it; the most that the host holds is one
-  stacked weight. Raises UserError naming file, key or tensor where the directory cannot be read.
+  With a mesh every weight is made where mesh.shardings puts it. The host holds one stacked weight
+  (or this process's part of it) beside what is on the devices, which on a CPU is that very memory.
+  Raises UserError naming file, key or tensor where the directory cannot be read.
   """
   folder = Path(path)
   arch = hf_config.read(folder)
   graph, abstract = transformer.abstract(arch, jnp.dtype(dtype))
-  weights = {_key(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(abstract)}
-  with contextlib.ExitStack() as stack:
-    stored = _open(folder, stack)
-    _check(folder, weights, stored)
+  leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+  stored = shards.find(folder)
+  _check(folder, {_key(keys): x for keys, x in leaves}, stored)
 
-    def make(keys, x):
-      read = _reader(_key(keys), x, stored)
-      if mesh is None:
-        return jnp.asarray(read((slice(None),) * x.ndim))
-      sharding = jax.sharding.NamedSharding(mesh, mesh_lib.spec(keys, x.shape, mesh))
-      return jax.make_array_from_callback(x.shape, sharding, _once(read))
+  def make(keys, x) -> jax.Array:
+    read = _reader(_key(keys), x, stored)
+    if mesh is None:
+      return jnp.asarray(read((slice(None),) * x.ndim))
+    sharding = jax.sharding.NamedSharding(mesh, mesh_lib.spec(keys, x.shape, mesh))
+    array = jax.make_array_from_callback(x.shape, sharding, _once(read))
+    return array.block_until_ready()  # or the weights of several wait on the host to be sent
 
-    return graph, jax.tree_util.tree_map_with_path(make, abstract), arch
+  return graph, jax.tree.unflatten(structure, [make(keys, x) for keys, x in leaves]), arch
 
 
 def save(
@@ -110,19 +95,19 @@ def save(
   params: dict,
   *,
   source: str | Path | None = None,
+  shard_bytes: int = shards.SHARD_BYTES,
 ) -> None:
   """Writes a directory that `load` and transformers read: config, weights as they are, tokenizer.
 
   The tokenizer's files, generation_config.json and the ids of special tokens come from `source`,
   the directory that the model was loaded from. All is written beside `path` first and then renamed:
-  a model is there whole or not at all. With several processes all call this and the first writes.
-  Raises UserError where `path` cannot be written or holds a model in shards, or `source` is absent.
+  a new model is there whole or not at all, and one that was there before is replaced. Weights
+  beyond `shard_bytes` are cut into files. With several processes all call this, the first writes.
+  Raises UserError where `path` cannot be written or `source` is absent.
   """
   path, source = Path(path), None if source is None else Path(source)
   if source is not None and not source.is_dir():
     raise UserError(f"{source}: no such directory to take the tokenizer from")
-  if (path / INDEX).exists():
-    raise UserError(f"{path}: holds a model in shards ({INDEX}); choose another directory")
   shapes = jax.tree.map(lambda x: x.shape, transformer.abstract(arch)[1])
   if jax.tree.map(lambda x: x.shape, params) != shapes:
     raise ValueError(f"the params are not those of {arch}")
@@ -141,13 +126,11 @@ def save(
         if (source / name).exists():
           shutil.copyfile(source / name, beside / name)
     (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _write(beside / WEIGHTS, _header(params), tensors)
-    if not path.exists():
-      beside.rename(path)
+    shards.write(beside, entries(params), tensors, shard_bytes)
+    if path.exists():
+      _replace(path, beside)
     else:
-      for name in (*COMPANIONS, "config.json", WEIGHTS):
-        if (beside / name).exists():
-          os.replace(beside / name, path / name)
+      beside.rename(path)
   except OSError as error:
     raise UserError(
       f"{path}: cannot write the model here: {error.strerror or error}; "
@@ -161,30 +144,13 @@ def _key(keys: tuple) -> str:
   return jax.tree_util.keystr(keys, simple=True, separator=".")
 
 
-def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
-  """Opens one file or all shards and returns their tensors by name, none read yet."""
-  if (folder / WEIGHTS).exists():
-    files = [folder / WEIGHTS]
-  elif (folder / INDEX).exists():
-    index = hf_config.read_json(folder / INDEX)
-    if "weight_map" not in index:
-      raise UserError(f"{folder / INDEX}: the key weight_map is missing; copy the file again")
-    files = [folder / name for name in sorted(set(index["weight_map"].values()))]
-  else:
-    raise UserError(
-      f"{folder}: neither {WEIGHTS} nor {INDEX}; weights in another format "
-      "(pytorch_model.bin) must be saved as safetensors first"
-    )
-  stored = {}
-  for file in files:
-    if not file.exists():
-      raise UserError(f"{file}: no such file, but {INDEX} names it; copy this shard as well")
-    try:
-      tensors = stack.enter_context(safe_open(file, framework="numpy"))
-    except (SafetensorError, OSError) as error:
-      raise UserError(f"{file}: not a whole safetensors file ({error}); copy it again") from error
-    stored |= {name: Stored(file, tensors.get_slice(name)) for name in tensors.keys()}
-  return stored
+def _replace(path: Path, beside: Path) -> None:
+  """Moves the new files over the old ones; files of weights that are then left over go."""
+  left = shards.written(path) - shards.written(beside)
+  for file in beside.iterdir():
+    os.replace(file, path / file.name)
+  for name in left:
+    (path / name).unlink()
 
 
 def _names(key: str, shape: tuple[int, ...]) -> list[str]:
@@ -199,7 +165,7 @@ def _theirs(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   return shape[::-1] if key.endswith("kernel") else shape
 
 
-def _check(folder: Path, weights: dict, stored: dict[str, Stored]) -> None:
+def _check(folder: Path, weights: dict, stored: dict[str, shards.Tensor]) -> None:
   """Raises UserError for the first tensor that is missing, misshapen, too many or not of floats."""
   wanted = {n: _theirs(key, x.shape) for key, x in weights.items() for n in _names(key, x.shape)}
   for name, shape in wanted.items():
@@ -209,14 +175,14 @@ def _check(folder: Path, weights: dict, stored: dict[str, Stored]) -> None:
         f"{folder}: no tensor {name} in its safetensors, which config.json asks for; "
         f"copy the model again or mend config.json{tie}"
       )
-    file, kind = stored[name].file, stored[name].slice.get_dtype()
-    if stored[name].shape != shape:
+    file, _, found, kind = stored[name]
+    if found != shape:
       raise UserError(
-        f"{file}: tensor {name} has shape {list(stored[name].shape)}, but config.json asks for "
+        f"{file}: tensor {name} has shape {list(found)}, but config.json asks for "
         f"{list(shape)}; config.json and weights are not of one model"
       )
-    if kind not in DTYPES.values():
-      allowed = ", ".join(DTYPES.values())
+    if kind not in shards.DTYPES.values():
+      allowed = ", ".join(shards.DTYPES.values())
       raise UserError(f"{file}: tensor {name} is {kind}; supported are {allowed}")
   embed, head = NAMES["embed"], NAMES["head.kernel"]
   extra = {n for n in stored if n not in wanted and not n.endswith("rotary_emb.inv_freq")}
@@ -232,30 +198,39 @@ def _check(folder: Path, weights: dict, stored: dict[str, Stored]) -> None:
     )
 
 
-def _same(a: Stored, b: Stored) -> bool:
+def _same(a: shards.Tensor, b: shards.Tensor) -> bool:
   """Returns whether two matrices are equal, some rows at a time."""
   if a.shape != b.shape:
     return False
-  starts = range(0, a.shape[0], 4096)
-  parts = (slice(i, min(i + starts.step, a.shape[0])) for i in starts)
-  return all(np.array_equal(a.slice[part], b.slice[part]) for part in parts)
+  whole = (slice(None),) * len(a.shape)
+  pieces = zip(a.pieces(whole), b.pieces(whole), strict=True)
+  return all(np.array_equal(ours, theirs) for (_, ours), (_, theirs) in pieces)
 
 
-def _reader(key: str, x: jax.ShapeDtypeStruct, stored: dict[str, Stored]) -> Callable:
+def _reader(key: str, x: jax.ShapeDtypeStruct, stored: dict[str, shards.Tensor]) -> Callable:
   """Returns index -> that part of one of our weights, read and cast tensor by tensor."""
   stacked, transposed = "{}" in NAMES[key], key.endswith("kernel")
   names = _names(key, x.shape)
 
   def read(index: tuple[slice, ...]) -> np.ndarray:
     sizes = [len(range(*part.indices(size))) for part, size in zip(index, x.shape, strict=True)]
-    out = np.empty(sizes, x.dtype)
+    out = _empty(sizes, x.dtype)
     layers, index = (index[0], index[1:]) if stacked else (slice(None), index)
     for row, name in zip(out if stacked else out[None], names[layers], strict=True):
-      part = stored[name].slice[index[::-1] if transposed else index]
-      row[...] = part.T if transposed else part
+      theirs = row.T if transposed else row
+      for rows, piece in stored[name].pieces(index[::-1] if transposed else index):
+        theirs[rows] = piece
     return out
 
   return read
+
+
+def _empty(shape: list[int], dtype) -> np.ndarray:
+  """Returns an array at an address that jax takes over on a CPU as it stands, without a copy."""
+  size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+  room = np.empty(size + ALIGNMENT, np.uint8)
+  start = -room.ctypes.data % ALIGNMENT
+  return room[start : start + size].view(dtype).reshape(shape)
 
 
 def _once(read: Callable) -> Callable:
@@ -275,36 +250,20 @@ def _leaves(params: dict) -> list[tuple[str, Any]]:
   return [(_key(keys), x) for keys, x in jax.tree_util.tree_leaves_with_path(params)]
 
 
-def _header(params: dict) -> bytes:
-  """Returns what a safetensors file begins with: its length, then names, dtypes, shapes, places."""
-  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-  start = 0
-  for key, x in _leaves(params):
-    shape = _theirs(key, x.shape)
-    for name in _names(key, x.shape):
-      end = start + int(np.prod(shape)) * x.dtype.itemsize
-      kind = DTYPES[str(x.dtype)]
-      header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
-      start = end
-  text = json.dumps(header).encode()
-  text += b" " * (-len(text) % 8)  # the data is aligned
-  return len(text).to_bytes(8, "little") + text
+def entries(params: dict) -> list[shards.Entry]:
+  """Returns the checkpoint's tensors in the order in which they are written."""
+  return [
+    shards.Entry(name, _theirs(key, x.shape), np.dtype(x.dtype))
+    for key, x in _leaves(params)
+    for name in _names(key, x.shape)
+  ]
 
 
 def _tensors(params: dict) -> Iterator[np.ndarray]:
-  """Yields the checkpoint's tensors in the header's order; one weight at a time is on the host."""
+  """Yields the checkpoint's tensors in that order; one tensor at a time is on the host."""
   for key, x in _leaves(params):
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-      x = multihost_utils.process_allgather(x, tiled=True)
-    x = np.asarray(x)
-    for part in x if "{}" in NAMES[key] else x[None]:
-      yield np.ascontiguousarray(part.T if key.endswith("kernel") else part)
-
-
-def _write(file: Path, header: bytes, tensors: Iterator[np.ndarray]) -> None:
-  with file.open("wb") as out:
-    out.write(header)
-    for tensor in tensors:
-      out.write(tensor.view(np.uint8).data)
-    out.flush()
-    os.fsync(out.fileno())  # a full disk shows here at the latest, before anything is renamed
+    for part in (x[i] for i in range(len(x))) if "{}" in NAMES[key] else (x,):
+      if isinstance(part, jax.Array) and not part.is_fully_addressable:
+        part = multihost_utils.process_allgather(part, tiled=True)
+      part = np.asarray(part)
+      yield part.T if key.endswith("kernel") else part

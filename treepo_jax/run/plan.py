@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from treepo_jax.config import UserError
 from treepo_jax.learn import packing, update
-from treepo_jax.model import hf_config, transformer
+from treepo_jax.model import hf_config, hub, transformer
 from treepo_jax.model import mesh as mesh_lib
 from treepo_jax.rollout import grow, programs
 from treepo_jax.run import cost, hlo
@@ -140,9 +140,16 @@ def expected(config, shards: int) -> Expected:
   )
 
 
+def _architecture(config) -> transformer.Architecture:
+  """Returns what the model is, of its directory or its name; its weights need not be here."""
+  if not Path(config.model.path).is_dir() and (arch := hf_config.known(config.model.path)):
+    return arch
+  return hf_config.read(hub.find(config.model.path, config.model.revision))
+
+
 def _programs(config, topology: Topology, mesh: Mesh) -> Iterator[Program]:
   """Yields the programs in the order of a step: weights to the rollout, rollout, update."""
-  arch = hf_config.find(config.model.path)
+  arch = _architecture(config)
   graph, params = transformer.abstract(arch, jnp.dtype(config.model.dtype))
   state = update.abstract(params, config, mesh)
   kept = _bytes(state)
@@ -330,7 +337,7 @@ def _largest(rows: list[dict], config, mesh: Mesh) -> dict[str, int | None]:
   by_name = {row["name"]: row for row in rows}
   decode, optimize = by_name["decode"], by_name["update"]
   growing = [by_name[name] for name in ("prefill", "expand", "decode")]
-  arch = hf_config.find(config.model.path)
+  arch = _architecture(config)
   width = jnp.dtype(config.model.dtype).itemsize
   page = 2 * arch.layers * arch.kv_heads * arch.head_dim * width * config.rollout.page
   page /= mesh.shape["tensor"] if arch.kv_heads % mesh.shape["tensor"] == 0 else 1

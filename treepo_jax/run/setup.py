@@ -13,8 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from treepo_jax.config import UserError
+from treepo_jax.model import hub, transformer, weights
 from treepo_jax.model import mesh as mesh_lib
-from treepo_jax.model import transformer, weights
 from treepo_jax.rollout import grow
 from treepo_jax.run import hosts, preemption
 from treepo_jax.run import metrics as metrics_lib
@@ -42,6 +42,7 @@ class Setup:
     table: box automaton over the model's token ids.
     shape: settings of the rollout.
     mesh: over the devices of all hosts.
+    folder: where the model's files are.
     stop: looked at between segments.
   """
 
@@ -52,14 +53,16 @@ class Setup:
   table: np.ndarray
   shape: grow.Settings
   mesh: Mesh
+  folder: Path
   stop: preemption.Stop = dataclasses.field(default_factory=preemption.Stop)
 
 
 def load(config: ml_collections.FrozenConfigDict) -> Setup:
   """Loads the policy of config.model.path onto the mesh of config.mesh."""
   mesh = mesh_lib.create(config)
-  text = text_lib.load(config.model.path)
-  graph, params, arch = weights.load(config.model.path, config.model.dtype, mesh)
+  folder = hub.find(config.model.path, config.model.revision)
+  text = text_lib.load(folder, thinking=config.data.thinking)
+  graph, params, arch = weights.load(folder, config.model.dtype, mesh)
   shape = grow.settings(
     config,
     vocabulary=min(len(text.tokenizer), arch.vocab_size),
@@ -72,7 +75,7 @@ def load(config: ml_collections.FrozenConfigDict) -> Setup:
       f"rollout.prompt_length + rollout.depth * rollout.segment = {longest} tokens, but "
       f"{config.model.path} has {arch.max_positions} positions: lower one of the three"
     )
-  return Setup(graph, params, arch, text, text.automaton(arch.vocab_size), shape, mesh)
+  return Setup(graph, params, arch, text, text.automaton(arch.vocab_size), shape, mesh, folder)
 
 
 def key(config: ml_collections.FrozenConfigDict, step: int, stream: int) -> jax.Array:

@@ -260,7 +260,7 @@ def export(config, workdir: Path, output: Path) -> None:
   state, _ = checkpoints.restore(update.create(policy.params, config, policy.mesh))
   checkpoints.close()
   params = update.weights(state, config, policy.mesh)
-  weights.save(output, policy.arch, params, source=config.model.path)
+  weights.save(output, policy.arch, params, source=policy.folder)
   if hosts.first():
     print(f"weights after {int(state.step)} steps: {output}")
 

@@ -30,8 +30,8 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 # Byte-level BPE (GPT-2's) writes a printable byte as its character and the others from U+0100 on.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-BYTE_OF = {chr(byte): byte for byte in PRINTABLE} | {
-  chr(0x100 + i): byte for i, byte in enumerate(b for b in range(256) if b not in PRINTABLE)
+BYTE_OF = {byte: byte for byte in PRINTABLE} | {
+  0x100 + i: byte for i, byte in enumerate(b for b in range(256) if b not in PRINTABLE)
 }
 
 
@@ -43,11 +43,13 @@ class Text:
     tokenizer: of transformers.
     eos_ids: every id that ends a response, of generation_config.json, config.json and tokenizer.
     pad_id: fills rows; the tokenizer's, or the first end-of-sequence id where it has none.
+    thinking: what chat templates are told as enable_thinking (Qwen3; others do not ask).
   """
 
   tokenizer: transformers.PreTrainedTokenizerFast
   eos_ids: tuple[int, ...]
   pad_id: int
+  thinking: bool = True
 
   def encode(self, text: str) -> list[int]:
     """Returns the tokens of `text` and nothing else."""
@@ -83,7 +85,9 @@ class Text:
     turns = [{"role": "user", "content": question}]
     if template == "treepo":
       turns = [{"role": "system", "content": INSTRUCTION}, *turns]
-    text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    text = self.tokenizer.apply_chat_template(
+      turns, tokenize=False, add_generation_prompt=True, enable_thinking=self.thinking
+    )
     return self.encode(str(text))
 
   def automaton(self, vocab_size: int) -> Int8[np.ndarray, "states v"]:
@@ -95,8 +99,12 @@ class Text:
     return token_table(token_bytes(self.tokenizer, vocab_size))
 
 
-def load(path: str | Path) -> Text:
-  """Loads the tokenizer of a Hugging Face directory; raises UserError naming what it lacks."""
+def load(path: str | Path, *, thinking: bool = True) -> Text:
+  """Loads the tokenizer of a Hugging Face directory; raises UserError naming what it lacks.
+
+  A tokenizer.json is taken as it stands. The classes that transformers has for a model_type would
+  put their own rules of cutting text in place of the file's.
+  """
   path = Path(path)
   if not path.is_dir():
     raise UserError(
@@ -108,7 +116,10 @@ def load(path: str | Path) -> Text:
       f"config.model.path = {str(path)!r} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}"
     )
   try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if (path / "tokenizer.json").is_file():
+      tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    else:
+      tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
   except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
     raise UserError(
       f"config.model.path = {str(path)!r} holds no tokenizer that can be loaded: {error}; "
@@ -120,7 +131,7 @@ def load(path: str | Path) -> Text:
     )
   eos_ids = _eos_ids(path, tokenizer)
   pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos_ids[0]
-  return Text(tokenizer=tokenizer, eos_ids=eos_ids, pad_id=pad_id)
+  return Text(tokenizer=tokenizer, eos_ids=eos_ids, pad_id=pad_id, thinking=thinking)
 
 
 def _eos_ids(path: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> tuple[int, ...]:
@@ -143,7 +154,8 @@ def _eos_ids(path: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> tup
 
 def token_bytes(tokenizer: transformers.PreTrainedTokenizerFast, vocab_size: int) -> list[bytes]:
   """Returns the bytes that each id adds to the text: none for special tokens and unused ids."""
-  kinds = _decoder_kinds(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+  decoder = tokenizer.backend_tokenizer.decoder
+  kinds = _decoder_kinds(json.loads(decoder.__getstate__()))  # which it has no attributes for
   if "ByteLevel" in kinds:
     spell = _spell_byte_level
   elif "ByteFallback" in kinds:
@@ -171,7 +183,7 @@ def _decoder_kinds(decoder: dict) -> set[str]:
 
 def _spell_byte_level(token: str) -> bytes:
   """Returns the bytes of a byte-level token, each written as one printable character."""
-  return bytes(BYTE_OF[char] for char in token)
+  return token.translate(BYTE_OF).encode("latin-1")
 
 
 def _spell_fallback(token: str) -> bytes:
@@ -200,18 +212,18 @@ def _byte_table() -> Int8[np.ndarray, "states 256"]:
 
 def token_table(spelling: list[bytes]) -> Int8[np.ndarray, "states v"]:
   """Returns the byte automaton run over every token's bytes: next state [states, V]."""
+  # Without a backslash or brace a token changes no depth, and only a piece of `boxed` goes on with
+  # a match: nearly all of a large vocabulary does neither.
+  does = [i for i, s in enumerate(spelling) if s in BOX or any(c in s for c in (b"\\", b"{", b"}"))]
+  states = np.arange(STATES, dtype=np.int8)
+  unmatched = np.where(states == CLOSED, CLOSED, states - states % len(BOX)).astype(np.int8)
+  table = np.repeat(unmatched[:, None], len(spelling), 1)
   step = _byte_table()
-  lengths = np.array([len(s) for s in spelling])
-  order = np.argsort(-lengths, kind="stable")  # long tokens first: those with a byte j are a prefix
-  padded = np.zeros((len(spelling), max(int(lengths.max()), 1)), np.uint8)
-  for row, index in enumerate(order):
-    padded[row, : lengths[index]] = np.frombuffer(spelling[index], np.uint8)
-  state = np.repeat(np.arange(STATES, dtype=np.int8)[:, None], len(spelling), 1)
-  for j in range(int(lengths.max())):
-    live = int((lengths > j).sum())
-    state[:, :live] = step[state[:, :live], padded[:live, j]]
-  table = np.empty_like(state)
-  table[:, order] = state
+  for i in does:
+    state = states
+    for byte in spelling[i]:
+      state = step[state, byte]
+    table[:, i] = state
   return table
 
 
