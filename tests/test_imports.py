@@ -12,6 +12,8 @@ ORDER = (
   "config",
   "struct",
   "model.mesh",
+  "model.kernels.packed",
+  "model.kernels.shared",
   "model.attention",
   "model.transformer",
   "model.known",

@@ -13,8 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from treepo_jax.config import UserError
+from treepo_jax.model import attention, transformer, weights
 from treepo_jax.model import mesh as mesh_lib
-from treepo_jax.model import transformer, weights
 from treepo_jax.rollout import grow
 from treepo_jax.run import hosts, preemption
 from treepo_jax.run import metrics as metrics_lib
@@ -60,6 +60,7 @@ def load(config: ml_collections.FrozenConfigDict) -> Setup:
   mesh = mesh_lib.create(config)
   text = text_lib.load(config.model.path)
   graph, params, arch = weights.load(config.model.path, config.model.dtype, mesh)
+  attention.check(config, arch.head_dim)
   shape = grow.settings(
     config,
     vocabulary=min(len(text.tokenizer), arch.vocab_size),

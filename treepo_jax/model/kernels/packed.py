@@ -131,9 +131,7 @@ def block_of(length: int) -> int:
   return next(b for b in BLOCKS if -length % b <= length // 8 or b == BLOCKS[-1])
 
 
-def _forward_kernel(
-  tiles, count, query, key, value, end, out, sums, top, total, mixed, *, n: int
-):
+def _forward_kernel(tiles, count, query, key, value, end, out, sums, top, total, mixed, *, n: int):
   """One tile for one head; `top`, `total` [I, LANES] and `mixed` [I, D] so far, in scratch."""
   r, t = pl.program_id(0), pl.program_id(2)
   i, j = _tile(tiles, r, t, n)
@@ -274,9 +272,7 @@ def _specs(padded: int, block: int, d: int, share: int) -> dict[str, pl.BlockSpe
   n = padded // block
 
   def spec(shape, place):
-    return pl.BlockSpec(
-      shape, lambda r, h, t, tiles, count: place(r, h, *_tile(tiles, r, t, n))
-    )
+    return pl.BlockSpec(shape, lambda r, h, t, tiles, count: place(r, h, *_tile(tiles, r, t, n)))
 
   return {
     "query": spec((1, 1, block, d), lambda r, h, i, j: (r, h, i, 0)),
