@@ -346,14 +346,14 @@ def shared_pages(
   g, m, h, d = query.shape
   own_key, own_value = own
   k = own_key.shape[1]
-  precision = _precision(query.dtype)
-  query = (query * d**-0.5).reshape(g, m, k, h // k, d).swapaxes(1, 2)  # [G, K, M, H / K, D]
-  flat = query.reshape(g, k, -1, d)
-  far, sums = shared_kernel.attend(flat, *pool, layer, table, m, interpret=choice.interpret)
+  precision, scale = _precision(query.dtype), d**-0.5
+  query = query.reshape(g, m, k, h // k, d).swapaxes(1, 2)  # [G, K, M, H / K, D]
+  attend = functools.partial(shared_kernel.attend, rows=m, scale=scale, interpret=choice.interpret)
+  far, sums = attend(query.reshape(g, k, -1, d), *pool, layer, table)
   far, sums = far.reshape(query.shape), sums.reshape(query.shape[:-1])
 
   dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-  near = dot("gkmed,gkmds->gkmes", query, own_key)
+  near = scale * dot("gkmed,gkmds->gkmes", query, own_key)
   near = jnp.where(jnp.arange(own_key.shape[-1]) <= step, near, MASKED)
   # Both parts weigh what the logarithms of their sums say; the token itself is always seen.
   top = jnp.maximum(sums, near.max(-1))[..., None]

@@ -192,7 +192,7 @@ class Transformer(nnx.Module):
     end: Int[Array, "r l"],
     *,
     remat: str,
-    choice: attention.Choice,
+    choice: attention.Choice = attention.REFERENCE,
   ):
     """Returns final hidden states [R, L, W] and every layer's (key, value) [N, R, L, K, D].
 

@@ -89,13 +89,14 @@ def attend(
   value: Float[Array, "n p k t d"],
   layer: Int[Array, ""],
   seen: Table,
-  rows: int,
   *,
+  rows: int,
+  scale: float,
   interpret: Any = False,
 ) -> tuple[Float[Array, "g k r d"], Float[Array, "g k r"]]:
   """Returns the output and the logarithm of the softmax's sum, both in float32.
 
-  query: scaled; its rows are `rows` of the group, each with the heads that share a key-value head.
+  The rows of `query` are `rows` of the group, each with the heads that share a key-value head.
   A row that sees nothing gets zeros, and a sum so low that it weighs nothing in a merge.
   interpret: where there is no TPU, True or pltpu.InterpretParams.
   """
@@ -118,8 +119,9 @@ def attend(
   by_row = pl.BlockSpec((1, k, padded, d), whole)
   bits = pl.BlockSpec((1, seen.bits.shape[1], few * size), lambda g, s, *_: (g, 0, s))
   steps = -(-seen.count.max() // few)
+  tokens = 1 if tokens_last else 0
   out, sums = pl.pallas_call(
-    functools.partial(_kernel, few=few, share=r // rows, tokens=1 if tokens_last else 0),
+    functools.partial(_kernel, few=few, share=r // rows, scale=scale, tokens=tokens),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=3,
       grid=(g, jnp.maximum(steps, 1)),
@@ -143,7 +145,9 @@ def _pages_of_step(size: int) -> int:
   return max(1, min(PAGES, STEP // size))
 
 
-def _kernel(layer, pages, count, query, bits, *refs, few: int, share: int, tokens: int):
+def _kernel(
+  layer, pages, count, query, bits, *refs, few: int, share: int, scale: float, tokens: int
+):
   """Some pages of a group; `top`, `total` [K, R, LANES] and `mixed` [K, R, D] so far, in scratch.
 
   tokens: their axis in a page.
@@ -164,7 +168,7 @@ def _kernel(layer, pages, count, query, bits, *refs, few: int, share: int, token
     seen = _bit(bits[0], jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0), share)
     for head in range(query.shape[1]):
       key, value = (jnp.concatenate([x[0, 0, head] for x in xs], tokens) for xs in (keys, values))
-      score = jnp.where(seen, _dot(query[0, head], key, 1, 1 - tokens), MASKED)
+      score = jnp.where(seen, scale * _dot(query[0, head], key, 1, 1 - tokens), MASKED)
       above = jnp.maximum(top[head], score.max(-1, keepdims=True))
       fade = jnp.exp(top[head] - above)
       weight = jnp.exp(score - above[:, :1])
