@@ -12,6 +12,7 @@ ORDER = (
   "config",
   "struct",
   "model.mesh",
+  "model.kernels.tpu",
   "model.kernels.packed",
   "model.kernels.shared",
   "model.attention",

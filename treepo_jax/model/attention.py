@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +170,7 @@ def _specs(query, key, choice: Choice) -> tuple[PartitionSpec, PartitionSpec, Pa
   )
 
 
-def _lift(run, choice: Choice, in_specs, out_specs):
+def _lift(run: Callable, choice: Choice, in_specs, out_specs) -> Callable:
   """Returns `run` for arrays split over the choice's mesh, where it has one."""
   if choice.mesh is None:
     return run
@@ -349,7 +350,7 @@ def shared_pages(
   precision, scale = _precision(query.dtype), d**-0.5
   query = query.reshape(g, m, k, h // k, d).swapaxes(1, 2)  # [G, K, M, H / K, D]
   attend = functools.partial(shared_kernel.attend, rows=m, scale=scale, interpret=choice.interpret)
-  far, sums = attend(query.reshape(g, k, -1, d), *pool, layer, table)
+  far, sums = attend(query.reshape(g, k, -1, d), pool[0], pool[1], layer, table)
   far, sums = far.reshape(query.shape), sums.reshape(query.shape[:-1])
 
   dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)

@@ -309,7 +309,7 @@ def decode_step(
     def attend(query, own):
       if isinstance(context, Pages):
         pool = context.key, context.value
-        return attention.shared_pages(query, pool, *far, context.table, own, step, choice)
+        return attention.shared_pages(query, pool, far[0], context.table, own, step, choice)
       key, value = far
       return attention.shared(query, (key, value), context.visible, own, step)
 

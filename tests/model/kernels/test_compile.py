@@ -95,7 +95,7 @@ def looped(pool, pages, visible, query):
   table = shared.table(pages, visible)
 
   def layer(x, n):
-    out, sums = shared.attend(x, *pool, n, table, rows=rows, scale=0.1)
+    out, sums = shared.attend(x, pool[0], pool[1], n, table, rows=rows, scale=0.1)
     return (out + sums[..., None]).astype(x.dtype), None
 
   def body(carry):

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
-from treepo_jax.model import attention
+from treepo_jax.config import UserError
+from treepo_jax.model import attention, transformer
+from treepo_jax.model import mesh as mesh_lib
 from treepo_jax.model.kernels import packed
 
 BLOCK = 16
@@ -71,7 +73,7 @@ def program(shape, dtype, choice: attention.Choice):
   """Returns the jitted (query, key, value, gradient, end) -> output and gradients."""
 
   def both(query, key, value, gradient, end):
-    attend = lambda *x: attention.packed(*x, end, choice)
+    attend = lambda query, key, value: attention.packed(query, key, value, end, choice)
     out, back = jax.vjp(attend, query, key, value)
     return out, *back(gradient)
 
@@ -164,6 +166,14 @@ def test_blocks_pad_a_row_by_an_eighth_at_most(monkeypatch, length, block):
   assert packed.block_of(length) == block
 
 
+def test_rows_that_a_core_cannot_list_are_refused():
+  sizes = [(8, 2**17, n, 64) for n in (2, 1, 1)]
+  given = [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes]
+  end = jax.ShapeDtypeStruct((8, 2**17), jnp.int32)
+  with pytest.raises(UserError, match="8 rows of 131072 tokens .*micro_rows"):
+    jax.eval_shape(packed.forward, *given, end)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (3, 1)])
 def test_rows_and_heads_are_split_over_the_mesh(heads, kv_heads):
   mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
@@ -174,3 +184,31 @@ def test_rows_and_heads_are_split_over_the_mesh(heads, kv_heads):
   expected = program(shape, jnp.float32, attention.REFERENCE)(*given)
   choice = attention.Choice("pallas", "cpu", mesh)
   assert distance(program(shape, jnp.float32, choice)(*given), expected) < 1e-5
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_gradients_of_a_model_over_a_mesh_are_the_reference_s(remat):
+  arch = transformer.Architecture(
+    family="qwen2", vocab_size=32, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=16,
+    norm_eps=1e-6, rope_theta=1e4, rope_scaling=None, max_positions=64, tied=True, qkv_bias=True,
+    output_bias=False, qk_norm=False,
+  )  # fmt: skip
+  graph, params = transformer.create(arch, jax.random.key(0))
+  random = np.random.default_rng(6)
+  end = np.stack([ends(40, random.random((40, 2)).tolist(), n) for n in (0, 3, 9, 30)])
+  tokens = jnp.asarray(random.integers(0, 32, (4, 40)))
+  places = jnp.broadcast_to(jnp.arange(40), tokens.shape)
+  weight = jnp.asarray(random.normal(size=(4, 40, 16)) * (end > 0)[..., None], jnp.float32)
+  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+  def gradient(choice):
+    def loss(params):
+      run = functools.partial(transformer.hidden, graph, remat=remat, choice=choice)
+      return (run(params, tokens, places, jnp.asarray(end)) * weight).sum()
+
+    placed = jax.device_put(params, mesh_lib.shardings(params, mesh))
+    return jax.tree.leaves(jax.jit(jax.grad(loss))(placed))
+
+  found = gradient(attention.Choice("pallas", "cpu", mesh))
+  expected = gradient(attention.REFERENCE)
+  assert distance(found, expected) < 1e-5

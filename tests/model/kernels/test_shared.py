@@ -70,7 +70,7 @@ def program(shape, dtype):
     key, value = (flat(x[layer][jnp.maximum(pages, 0)]) for x in pool)
     rows = query.reshape(g, m, k, share, d).swapaxes(1, 2).reshape(g, k, m * share, d)
     attend = functools.partial(shared.attend, rows=m, scale=d**-0.5, interpret=True)
-    out, sums = attend(rows, *pool, layer, table)
+    out, sums = attend(rows, pool[0], pool[1], layer, table)
     expected, expected_sums = dense(rows, key, value, visible, d**-0.5)
     sees = jnp.isfinite(expected_sums)
     sums, expected_sums = (jnp.where(sees, x, 0) for x in (sums, expected_sums))

@@ -19,9 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-MASKED = -1e30  # finite: a token that sees nothing stays finite
+from treepo_jax.model.kernels.tpu import LANES, MASKED, check_scalars, dot
+
 BLOCKS = (512, 256, 128)  # tokens of a block: the largest that pads a row by an eighth at most
-LANES = 128  # of a vector register; a number a token stands in each of them alike
 
 
 def forward(
@@ -146,13 +146,13 @@ def _forward_kernel(tiles, count, query, key, value, end, out, sums, top, total,
       mixed[...] = jnp.zeros_like(mixed)
 
     seen = _seen(i, j, end[0], (query.shape[2], key.shape[2]), queries=0)
-    score = jnp.where(seen, _dot(query[0, 0], key[0, 0], 1, 1) * query.shape[-1] ** -0.5, MASKED)
+    score = jnp.where(seen, dot(query[0, 0], key[0, 0], 1, 1) * query.shape[-1] ** -0.5, MASKED)
     above = jnp.maximum(top[...], score.max(-1, keepdims=True))
     fade = jnp.exp(top[...] - above)
     weight = jnp.exp(score - above[:, :1])
     top[...] = above
     total[...] = fade * total[...] + weight.sum(-1, keepdims=True)
-    mixed[...] = fade[:, :1] * mixed[...] + _dot(weight.astype(value.dtype), value[0, 0], 1, 0)
+    mixed[...] = fade[:, :1] * mixed[...] + dot(weight.astype(value.dtype), value[0, 0], 1, 0)
 
     @pl.when(i == j)
     def _():
@@ -180,10 +180,10 @@ def _query_kernel(
 
     scale = query.shape[-1] ** -0.5
     seen = _seen(i, j, end[0], (query.shape[2], key.shape[2]), queries=0)
-    score = jnp.where(seen, _dot(query[0, 0], key[0, 0], 1, 1) * scale, MASKED)
+    score = jnp.where(seen, dot(query[0, 0], key[0, 0], 1, 1) * scale, MASKED)
     weight = jnp.exp(score - sum_of[:, :1])
-    to_score = weight * (_dot(gradient[0, 0], value[0, 0], 1, 1) - delta_of[:, :1])
-    so_far[...] += _dot(to_score.astype(key.dtype), key[0, 0], 1, 0)
+    to_score = weight * (dot(gradient[0, 0], value[0, 0], 1, 1) - delta_of[:, :1])
+    so_far[...] += dot(to_score.astype(key.dtype), key[0, 0], 1, 0)
 
     @pl.when(i == j)
     def _():
@@ -211,11 +211,11 @@ def _key_kernel(
 
     scale = query.shape[-1] ** -0.5
     seen = _seen(i, j, end_of[:, :1], (key.shape[2], query.shape[2]), queries=1)
-    score = jnp.where(seen, _dot(key[0, 0], query[0, 0], 1, 1) * scale, MASKED)
+    score = jnp.where(seen, dot(key[0, 0], query[0, 0], 1, 1) * scale, MASKED)
     weight = jnp.exp(score - sums[0, 0])
-    to_score = weight * (_dot(value[0, 0], gradient[0, 0], 1, 1) - delta[0, 0])
-    key_so_far[...] += _dot(to_score.astype(query.dtype), query[0, 0], 1, 0)
-    value_so_far[...] += _dot(weight.astype(gradient.dtype), gradient[0, 0], 1, 0)
+    to_score = weight * (dot(value[0, 0], gradient[0, 0], 1, 1) - delta[0, 0])
+    key_so_far[...] += dot(to_score.astype(query.dtype), query[0, 0], 1, 0)
+    value_so_far[...] += dot(weight.astype(gradient.dtype), gradient[0, 0], 1, 0)
 
     last = (t + 1 == count[r]) | _on_diagonal(tiles, r, t + 1, n)
 
@@ -251,6 +251,11 @@ def _tiles(
   if by_key:
     seen = seen.swapaxes(1, 2)
   size = n * (n + 1) // 2
+  check_scalars(
+    end.shape[0] * size,
+    f"tiles of {end.shape[0]} rows of {end.shape[1]} tokens (config.learn: lower micro_rows or "
+    "row_length)",
+  )
   # The last tile is (n - 1, n - 1) either way.
   list_row = lambda x: jnp.nonzero(x, size=size, fill_value=n * n - 1)[0]
   tiles = jax.vmap(list_row)(seen.reshape(-1, n * n))
@@ -314,10 +319,3 @@ def _seen(i, j, end, shape: tuple[int, int], *, queries: int):
 def _upright(x):
   """Returns [1, B] as [B, LANES], a row of it being one number."""
   return jnp.broadcast_to(x, (LANES, x.shape[1])).T
-
-
-def _dot(x, y, x_axis: int, y_axis: int):
-  """Returns the product of two matrices over the axes given, in float32."""
-  exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  dims = ((x_axis,), (y_axis,)), ((), ())
-  return jax.lax.dot_general(x, y, dims, precision=exact, preferred_element_type=jnp.float32)

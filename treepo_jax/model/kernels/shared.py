@@ -24,10 +24,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from treepo_jax import struct
+from treepo_jax.model.kernels.tpu import LANES, MASKED, SUBLANES, check_scalars, dot
 
-MASKED = -1e30  # finite: a row that sees nothing stays finite
-LANES = 128  # of a vector register; a number a row stands in each of them alike
-SUBLANES = 8  # rows of the matrix come in whole registers
 WORD = 32  # bits of a word
 
 # A step of the grid reads STEP tokens, in PAGES pages at most: of 4 key-value heads of 128 in
@@ -101,6 +99,11 @@ def attend(
   interpret: where there is no TPU, True or pltpu.InterpretParams.
   """
   g, k, r, d = query.shape
+  check_scalars(
+    seen.pages.size,
+    f"{seen.pages.shape[1]} pages of each of {g} groups (config.rollout: raise page or group, or "
+    "lower rows or depth)",
+  )
   size, few = key.shape[3], _pages_of_step(key.shape[3])
   query = jnp.pad(query, ((0, 0), (0, 0), (0, -r % SUBLANES), (0, 0)))
   padded = query.shape[2]
@@ -168,13 +171,13 @@ def _kernel(
     seen = _bit(bits[0], jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0), share)
     for head in range(query.shape[1]):
       key, value = (jnp.concatenate([x[0, 0, head] for x in xs], tokens) for xs in (keys, values))
-      score = jnp.where(seen, scale * _dot(query[0, head], key, 1, 1 - tokens), MASKED)
+      score = jnp.where(seen, scale * dot(query[0, head], key, 1, 1 - tokens), MASKED)
       above = jnp.maximum(top[head], score.max(-1, keepdims=True))
       fade = jnp.exp(top[head] - above)
       weight = jnp.exp(score - above[:, :1])
       top[head] = above
       total[head] = fade * total[head] + weight.sum(-1, keepdims=True)
-      mixed[head] = fade[:, :1] * mixed[head] + _dot(weight.astype(value.dtype), value, 1, tokens)
+      mixed[head] = fade[:, :1] * mixed[head] + dot(weight.astype(value.dtype), value, 1, tokens)
 
   @pl.when(step == pl.num_programs(1) - 1)
   def _():
@@ -193,10 +196,3 @@ def _bit(words, row, share: int):
     word = jnp.right_shift(jnp.broadcast_to(words[w : w + 1], seen.shape), member % WORD)
     seen = jnp.where(jax.lax.div(member, WORD) == w, word & 1, seen)
   return seen == 1
-
-
-def _dot(x, y, x_axis: int, y_axis: int):
-  """Returns the product of two matrices over the axes given, in float32."""
-  exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  dims = ((x_axis,), (y_axis,)), ((), ())
-  return jax.lax.dot_general(x, y, dims, precision=exact, preferred_element_type=jnp.float32)
