@@ -40,13 +40,15 @@ class Choice:
       page size when decoding, else the reference. "pallas": kernels; where there is no TPU they are
       interpreted, which is slow. "xla": the reference.
     platform: that is compiled for: "cpu" | "gpu" | "tpu".
-    mesh: over whose data x fsdp rows are split and over whose tensor axis heads; None where arrays
-      are a device's own, as inside shard_map. XLA does not split kernels by itself.
+    mesh: over whose data x fsdp rows are split and over whose tensor axis heads, for XLA does not
+      split kernels by itself; None: nothing is split.
+    local: whether the rows are a shard's own already, as inside shard_map over data x fsdp.
   """
 
   setting: str
   platform: str
   mesh: Mesh | None = None
+  local: bool = False
 
   @property
   def interpret(self) -> bool:
@@ -63,8 +65,8 @@ REFERENCE = Choice("xla", "cpu")
 
 
 def choose(setting: str, mesh: Mesh, *, local: bool) -> Choice:
-  """Returns how config.model.attention computes on the mesh; local: inside shard_map over it."""
-  return Choice(setting, mesh.devices.flat[0].platform, None if local else mesh)
+  """Returns how config.model.attention computes on the mesh; local: in shard_map over its rows."""
+  return Choice(setting, mesh.devices.flat[0].platform, mesh, local)
 
 
 def check(config, head_dim: int) -> None:
@@ -122,10 +124,7 @@ def packed(
 
 def _split(query, key, value, end, choice: Choice):
   """Runs the kernels on every device's own rows and heads."""
-  mesh = choice.mesh
-  if mesh is None or mesh.size == 1:
-    return _by_kernel(query, key, value, end, dataclasses.replace(choice, mesh=None))
-  h, k, tensor = query.shape[2], key.shape[2], mesh.shape["tensor"]
+  h, k, tensor = query.shape[2], key.shape[2], _tensor(choice)
   if h % math.lcm(k, tensor) == 0:  # a device has heads that share whole key-value heads
     repeats = math.lcm(k, tensor) // k
     key, value = (jnp.repeat(x, repeats, 2) if repeats > 1 else x for x in (key, value))
@@ -160,8 +159,7 @@ def _specs(query, key, choice: Choice) -> tuple[PartitionSpec, PartitionSpec, Pa
 
   Heads that the tensor axis does not divide are whole on every device of it.
   """
-  tensor = 1 if choice.mesh is None else choice.mesh.shape["tensor"]
-  rows = mesh_lib.BATCH_AXES
+  tensor, rows = _tensor(choice), None if choice.local else mesh_lib.BATCH_AXES
   heads = "tensor" if query.shape[2] % tensor == 0 and key.shape[2] % tensor == 0 else None
   return (
     PartitionSpec(rows, None, heads),
@@ -174,8 +172,15 @@ def _lift(run: Callable, choice: Choice, in_specs, out_specs) -> Callable:
   """Returns `run` for arrays split over the choice's mesh, where it has one."""
   if choice.mesh is None:
     return run
-  mesh = choice.mesh
-  return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+  lift = functools.partial(jax.shard_map, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+  if choice.local:  # the mesh is that of the shard_map around it
+    return lift(run, axis_names={"tensor"})
+  return lift(run, mesh=choice.mesh)
+
+
+def _tensor(choice: Choice) -> int:
+  """Returns over how many devices heads are split."""
+  return 1 if choice.mesh is None else choice.mesh.shape["tensor"]
 
 
 def _in_blocks(query, key, value, end):
@@ -350,6 +355,10 @@ def shared_pages(
   precision, scale = _precision(query.dtype), d**-0.5
   query = query.reshape(g, m, k, h // k, d).swapaxes(1, 2)  # [G, K, M, H / K, D]
   attend = functools.partial(shared_kernel.attend, rows=m, scale=scale, interpret=choice.interpret)
+  heads = PartitionSpec(None, "tensor" if k % _tensor(choice) == 0 else None)
+  pages = PartitionSpec(None, *heads)
+  in_specs = heads, pages, pages, PartitionSpec(), PartitionSpec()
+  attend = _lift(attend, choice, in_specs, (heads, heads))
   far, sums = attend(query.reshape(g, k, -1, d), pool[0], pool[1], layer, table)
   far, sums = far.reshape(query.shape), sums.reshape(query.shape[:-1])
 

@@ -178,14 +178,14 @@ def test_update_runs_kernels_in_the_scan_over_layers(remat, count):
 
 @pytest.mark.parametrize(("head_dim", "page"), [(64, 128), (128, 64)])
 def test_segment_decoder_writes_its_pages_and_copies_no_pool(head_dim, page):
-  over, split = mesh("v5e", 4, 1, 1), (("data", "fsdp"),)
-  arch = dataclasses.replace(ARCH, head_dim=head_dim)
+  over, split = mesh("v5e", 2, 1, 2), (("data", "fsdp"),)
+  arch = dataclasses.replace(ARCH, head_dim=head_dim, kv_heads=4)
   graph, params = transformer.abstract(arch, jnp.bfloat16)
   groups, rows, shared_pages, stride = 4, 4, 12, 128
   settings = segment_lib.Settings(
     segment=stride, stride=stride, temperature=1.0, vocabulary=512, eos_ids=(1,), closed=2
   )
-  pool = jax.eval_shape(lambda: pages_lib.create(3, 2**19 // page, 2, page, head_dim, jnp.bfloat16))
+  pool = jax.eval_shape(lambda: pages_lib.create(3, 2**19 // page, 4, page, head_dim, jnp.bfloat16))
   sizes = {"tokens": (stride,), "pages": (stride // page,), "sees": (shared_pages,)}
   dtypes = {"live": bool, "sees": bool, "prompt_id": jnp.uint32}
   given = {}
@@ -205,19 +205,27 @@ def test_segment_decoder_writes_its_pages_and_copies_no_pool(head_dim, page):
 
   spec = PartitionSpec(*split)
   specs = (spec, spec, *(PartitionSpec(),) * 3)
-  run = jax.shard_map(local, mesh=over, in_specs=specs, out_specs=spec, check_vma=False)
-  own = jax.tree.map(lambda x: abstract(over, (4, *x.shape), x.dtype, split), (pool, given))
+  axes = {"data", "fsdp"}  # heads are split by the compiler, but in the kernels
+  run = jax.shard_map(
+    local, mesh=over, in_specs=specs, out_specs=spec, axis_names=axes, check_vma=False
+  )
+  by_head = lambda x: (*split, None, None, "tensor") if x.ndim == 5 else split
+  own = jax.tree.map(lambda x: abstract(over, (2, *x.shape), x.dtype, by_head(x)), (pool, given))
   whole = jax.tree.map(
     lambda x: abstract(over, x.shape, x.dtype),
     (params, jax.ShapeDtypeStruct((3, 512), jnp.int8), jax.eval_shape(jax.random.key, 0)),
   )
-  compiled = jax.jit(run, donate_argnums=0).lower(*own, *whole).compile()
+  layout = jax.tree.map(lambda x: x.sharding, own[0])
+  compiled = jax.jit(run, donate_argnums=0, out_shardings=(layout, None)).lower(*own, *whole)
+  compiled = compiled.compile()
   text, memory = str(compiled.as_text()), compiled.memory_analysis()
-  assert kernels(text) == 1 and not collectives(text)
+  assert kernels(text) == 1
   assert not re.search(r" (infeed|outfeed|send|recv)\(", text)
-  assert set(made(text, pool.key.shape)) == {"scatter", "fusion"}  # the segment's pages, in place
+  layers, pages, heads, *page_shape = pool.key.shape
+  written = made(text, (layers, pages, heads // 2, *page_shape))
+  assert set(written) == {"scatter", "fusion"}  # the segment's pages, in place
   assert memory is not None
-  size = 2 * pool.key.size * 2
+  size = 2 * pool.key.size * 2 / 2
   assert memory.alias_size_in_bytes >= size and memory.temp_size_in_bytes < 0.1 * size
 
 
@@ -227,4 +235,4 @@ def test_programs_for_other_platforms_hold_no_kernel():
   attend = functools.partial(attention.packed, choice=attention.Choice("auto", "cpu"))
   text = jax.jit(attend).lower(*given, jax.ShapeDtypeStruct((2, 256), jnp.int32)).as_text()
   assert "tpu_custom_call" not in text
-  assert attention.choose("auto", mesh("v6e"), local=True) == attention.Choice("auto", "tpu")
+  assert attention.choose("auto", mesh("v6e"), local=True).platform == "tpu"
