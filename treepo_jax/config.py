@@ -37,6 +37,10 @@ def default() -> ml_collections.ConfigDict:
   c.model.dtype = (
     "float32"  # "float32" | "bfloat16": of weights and activations; losses are float32
   )
+  # "xla" | "pallas": kernels for TPUs, elsewhere interpreted and slow | "auto": "pallas" on a TPU
+  # where heads are multiples of 64 and, to decode, rollout.page of 16 (heads of a multiple of 128)
+  # or of 128 (other heads); else "xla"
+  c.model.attention = "auto"
   c.model.unroll = True  # decode with the layers unrolled (small models, CPU) or scanned (large)
   # What the backward pass recomputes: "none" | "dots": all but matrix products | "layer": whole
   # layers, the least memory, a third more time
@@ -286,6 +290,7 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
     )
   _one_of(c, "model.dtype", ("float32", "bfloat16"))
   _one_of(c, "model.remat", ("none", "dots", "layer"))
+  _one_of(c, "model.attention", ("auto", "xla", "pallas"))
   for axis in ("fsdp", "tensor"):
     _positive(c, f"mesh.{axis}")
   if c.mesh.data != -1:

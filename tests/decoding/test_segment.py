@@ -16,7 +16,7 @@ from scipy import special
 
 from treepo_jax.decoding import pages as pages_lib
 from treepo_jax.decoding import segment as segment_lib
-from treepo_jax.model import transformer
+from treepo_jax.model import attention, transformer
 
 ARCH = transformer.Architecture(
   family="qwen3",
@@ -298,6 +298,23 @@ def test_log_probs_are_those_of_a_plain_forward():
       expected = log_probs[len(path) - 1 : len(path) - 1 + n]
       np.testing.assert_allclose(segment.log_probs[i][:n], expected, atol=1e-5)
   assert deepest == 3  # segments above the one that is decoded
+
+
+@pytest.mark.parametrize("unroll", [False, True], ids=["scanned", "unrolled"])
+def test_kernels_decode_what_the_reference_does(unroll):
+  choice = attention.Choice("pallas", "cpu")
+  run = jax.jit(
+    functools.partial(segment_lib.decode, graph=model()[0], settings=SETTINGS, choice=choice)
+  )
+  params = model()[1]
+  layers = transformer.unstack(params) if unroll else None
+  for _, rows, expected, before, after in grown(0)[1:]:
+    pool, found = run(before, rows, params, layers, TABLE, jax.random.key(7))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.length, expected.length)
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-5)
+    np.testing.assert_allclose(pool.key, after.key, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(pool.value, after.value, atol=1e-5, rtol=1e-5)
 
 
 def test_rows_stop_where_they_must_and_write_nothing_beyond():

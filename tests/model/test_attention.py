@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from treepo_jax import config as config_lib
 from treepo_jax.model import attention
 
 # a -> b -> c and a -> d, as the docstring draws it
@@ -197,3 +198,30 @@ def test_memory_of_blocks_is_linear():
   sizes = [temporary(length) for length in (4096, 8192, 16384)]
   assert sizes[1] < 2.3 * sizes[0] and sizes[2] < 2.3 * sizes[1], sizes
   assert sizes[0] < 4096 * 4096  # a quarter of one matrix of scores
+
+
+@pytest.mark.parametrize(
+  ("head_dim", "page", "why"),
+  [
+    (32, 128, "heads of 32: the kernels take multiples of 64"),
+    (64, 16, "config.rollout.page = 16: for heads of 64 the kernels take multiples of 128"),
+    (128, 24, "config.rollout.page = 24: for heads of 128 .* of 16, so use for example 32"),
+    (128, 16, None),
+    (64, 256, None),
+  ],
+)
+def test_kernels_are_chosen_where_they_fit(head_dim, page, why):
+  config = config_lib.default()
+  config.rollout.page = page
+  attention.check(config, head_dim)  # "auto" runs everywhere
+  fits = attention.Choice("auto", "tpu").kernel(head_dim, page)
+  assert fits == (why is None)
+  assert not attention.Choice("auto", "gpu").kernel(head_dim, page)
+  assert not attention.Choice("xla", "tpu").kernel(head_dim, page)
+  assert attention.Choice("auto", "tpu").kernel(head_dim) == (head_dim % 64 == 0)
+  config.model.attention = "pallas"
+  if why is None:
+    attention.check(config, head_dim)
+  else:
+    with pytest.raises(config_lib.UserError, match=f"model.attention = 'pallas': {why}"):
+      attention.check(config, head_dim)

@@ -90,6 +90,7 @@ def settings(*, prompts: int = 1, **changes) -> growth_lib.Settings:
       entropy=r.prune == "entropy",
     ),
     pages=0,
+    attention="xla",
     unroll=False,
     merge=bool(values.pop("merge")),
     **values,

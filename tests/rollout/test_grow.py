@@ -307,6 +307,16 @@ def test_merging_siblings_changes_the_cost_alone(changes):
     assert len(set(texts)) == len(texts)  # what is one text is one node, whenever it was drawn
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_kernels_grow_the_trees_of_the_reference(tensor):
+  """Interpreted, for no TPU is here; over 8 devices, with heads split over `tensor` of them."""
+  config = config_lib.default()
+  config.mesh.tensor = tensor
+  shape = dataclasses.replace(settings(), attention="pallas")
+  tree, _ = run(shape, mesh=mesh_lib.create(config))
+  same(tree, usual()[0])
+
+
 def test_merged_trees_do_not_depend_on_rows_and_devices():
   changes = {"temperature": 0.02, "merge": True}
   tree, _ = run(settings(**changes))

@@ -24,7 +24,8 @@ from jaxtyping import Array, Bool, Float, Int, Int8, UInt32
 from treepo_jax import struct
 from treepo_jax.decoding import pages as pages_lib
 from treepo_jax.decoding import sampling, stopping
-from treepo_jax.model import transformer
+from treepo_jax.model import attention, transformer
+from treepo_jax.model.kernels import shared as shared_kernel
 
 CONTINUES, AT_EOS, AT_ANSWER = 0, 1, 2  # Segment.stop
 NO_ROW = -1
@@ -154,6 +155,7 @@ def decode(
   *,
   graph: nnx.GraphDef,
   settings: Settings,
+  choice: attention.Choice = attention.REFERENCE,
 ) -> tuple[pages_lib.Pool, Segment]:
   """Decodes up to a stride of every live row's segment and writes its pages.
 
@@ -166,11 +168,15 @@ def decode(
   model = nnx.merge(graph, params)
   unroll, stride = layers is not None, settings.stride
   visible = _visible(rows, pool.key.shape[3])
-  context = transformer.Context(
-    key=_gather(pool.key, rows.context, unroll, (0, 2, 4, 1, 3)),
-    value=_gather(pool.value, rows.context, unroll, (0, 2, 1, 3, 4)),
-    visible=visible,
-  )
+  if choice.kernel(model.arch.head_dim, pool.key.shape[3]):
+    walked = shared_kernel.table(rows.context, visible)
+    context = transformer.Pages(key=pool.key, value=pool.value, table=walked)
+  else:
+    context = transformer.Context(
+      key=_gather(pool.key, rows.context, unroll, (0, 2, 4, 1, 3)),
+      value=_gather(pool.value, rows.context, unroll, (0, 2, 1, 3, 4)),
+      visible=visible,
+    )
   identity = sampling.row_keys(key, rows.prompt_id, rows.node)
   noise = sampling.uniform(identity, rows.base, stride).reshape(stride, -1)
   groups, members = rows.live.shape
@@ -188,7 +194,7 @@ def decode(
   def body(carry):
     step, _, alive, last, state, own, out = carry
     hidden, own = transformer.decode_step(
-      model, layers, last, rows.position + step, context, own, step
+      model, layers, last, rows.position + step, context, own, step, choice=choice
     )
     logits = model.logits(hidden).reshape(-1, model.arch.vocab_size)
     drawn = sampling.draw(
@@ -257,6 +263,7 @@ def prefill(
   params: dict,
   *,
   graph: nnx.GraphDef,
+  choice: attention.Choice = attention.REFERENCE,
 ) -> pages_lib.Pool:
   """Writes the keys and values of every prompt token but the last, which its branches feed.
 
@@ -265,7 +272,7 @@ def prefill(
   """
   page = pool.key.shape[3]
   slots = pages.shape[1] * page
-  cache = transformer.prefill(graph, params, prompt, length)
+  cache = transformer.prefill(graph, params, prompt, length, choice=choice)
   source = jnp.arange(slots)[None] - (slots - (length[:, None] - 1))  # token of each slot
   source = jnp.clip(source, 0, prompt.shape[1] - 1)
 

@@ -22,8 +22,8 @@ from treepo_jax.config import UserError
 from treepo_jax.learn import lora, losses, optimizer
 from treepo_jax.learn.losses import Ratio
 from treepo_jax.learn.packing import Batch
+from treepo_jax.model import attention, transformer
 from treepo_jax.model import mesh as mesh_lib
-from treepo_jax.model import transformer
 
 HEAD_TOKENS = 1024  # tokens of a row whose logits are held at once: 0.6 GB at a vocabulary of 150k
 
@@ -151,7 +151,7 @@ def step(
   optimize = program(state, graph=graph, config=config, mesh=mesh)
   placed = (place(batch, config, mesh) for batch in batches)
   if config.learn.kl != "none" or config.learn.correction != "none":
-    placed = [_scored(state, batch, graph=graph, config=config) for batch in placed]
+    placed = [_scored(state, batch, graph=graph, config=config, mesh=mesh) for batch in placed]
   measured = []
   for batch in placed:
     state, measurement = optimize(state, batch)
@@ -192,7 +192,7 @@ def divergence(
   """
   total = jnp.zeros(nodes)
   for batch in batches:
-    placed = _scored(state, place(batch, config, mesh), graph=graph, config=config)
+    placed = _scored(state, place(batch, config, mesh), graph=graph, config=config, mesh=mesh)
     total = _add_divergence(total, placed, mesh)
   return total
 
@@ -204,12 +204,12 @@ def _add_divergence(total: Float[Array, "m"], batch: Batch, mesh: Mesh) -> Float
   return jax.lax.with_sharding_constraint(total, mesh_lib.replicated(mesh))  # every host reads it
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config"))
-def _scored(state: State, batch: Batch, *, graph: nnx.GraphDef, config) -> Batch:
+@functools.partial(jax.jit, static_argnames=("graph", "config", "mesh"))
+def _scored(state: State, batch: Batch, *, graph: nnx.GraphDef, config, mesh: Mesh) -> Batch:
   """Returns the batch with the log-probs that the loss compares with."""
 
   def score(graph: nnx.GraphDef, params: Any) -> Float[Array, "k r l"]:
-    log_probs = lambda rows: _log_probs(params, rows, graph, config)[0]
+    log_probs = lambda rows: _log_probs(params, rows, graph, config, mesh)[0]
     nothing = lambda rows: jnp.zeros_like(rows.gain)
     one = lambda rows: jax.lax.cond(rows.count.any(), log_probs, nothing, rows)
     return jax.lax.map(one, batch)
@@ -302,7 +302,7 @@ def accumulate(
   trained = cast(state.params, dtype)
   layout = mesh_lib.shardings(trained, mesh)
   loss = functools.partial(
-    _loss, base=state.base, kl_weight=state.kl_weight, graph=graph, config=config
+    _loss, base=state.base, kl_weight=state.kl_weight, graph=graph, config=config, mesh=mesh
   )
   gradient_fn = jax.grad(loss, has_aux=True)
 
@@ -326,10 +326,12 @@ def accumulate(
   return jax.tree.map(lambda x: x / divisor, gradient), ratios
 
 
-def _loss(trained: Any, batch: Batch, *, base: Any, kl_weight, graph: nnx.GraphDef, config):
+def _loss(
+  trained: Any, batch: Batch, *, base: Any, kl_weight, graph: nnx.GraphDef, config, mesh: Mesh
+):
   """Returns the summed loss of a micro-batch [R, L], and its Ratios."""
   graph, params = _policy(trained, base, graph, config)
-  log_probs, entropy = _log_probs(params, batch, graph, config)
+  log_probs, entropy = _log_probs(params, batch, graph, config, mesh)
   ratios = losses.policy(log_probs, entropy, batch, kl_weight, config=config)
   return ratios["loss/total"].sum, ratios
 
@@ -350,12 +352,12 @@ def _whole(trained: Any, base: Any, config) -> Any:
 
 
 def _log_probs(
-  params: Any, batch: Batch, graph: nnx.GraphDef, config
+  params: Any, batch: Batch, graph: nnx.GraphDef, config, mesh: Mesh
 ) -> tuple[Float[Array, "r l"], Float[Array, "r l"]]:
   """Returns log-probs and entropies of a micro-batch's tokens [R, L]; junk where count is 0."""
-  hidden = transformer.hidden(
-    graph, params, batch.tokens, batch.positions, batch.end, remat=config.model.remat
-  )
+  choice = attention.choose(config.model.attention, mesh, local=False)
+  rows = batch.tokens, batch.positions, batch.end
+  hidden = transformer.hidden(graph, params, *rows, remat=config.model.remat, choice=choice)
   hidden = jnp.take_along_axis(hidden, batch.previous[..., None], axis=1)
   return head(graph, params, hidden, batch.tokens)
 

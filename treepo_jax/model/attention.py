@@ -1,4 +1,8 @@
-"""Reference attention: packed rows of trees for training, shared pages for decoding.
+"""Attention: packed rows of trees for training, shared pages for decoding.
+
+The reference runs everywhere, and is what the kernels for TPUs (model/kernels) are held to. Which
+one a program holds is fixed where it is traced, by the platform of the mesh that it is for and not
+by the host's: compiled ahead of time for a TPU, it is the program that a TPU runs.
 
 Axes: R packed rows, L tokens of a row, G groups of decode rows, M rows of a group, C context
 tokens of a group, S tokens of a segment, H heads, K key-value heads, D head size. In blocks of a
@@ -6,15 +10,83 @@ packed row: N blocks, I query and J key tokens of a block, H / K heads that shar
 """
 
 import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
+
+from treepo_jax.config import UserError
+from treepo_jax.model import mesh as mesh_lib
+from treepo_jax.model.kernels import packed as packed_kernel
+from treepo_jax.model.kernels import shared as shared_kernel
 
 MASKED = -1e30  # finite: a row that sees nothing stays finite
 BLOCK = 128  # tokens of a block of packed rows; of 128, 256 and 512 the fastest on a CPU
 SAVED = "attention"  # checkpoint_name of what the backward pass of long rows needs
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """How attention is computed; fixed at compilation.
+
+  Attributes:
+    setting: config.model.attention. "auto": kernels on a TPU where they take the head size, and the
+      page size when decoding, else the reference. "pallas": kernels; where there is no TPU they are
+      interpreted, which is slow. "xla": the reference.
+    platform: that is compiled for: "cpu" | "gpu" | "tpu".
+    mesh: over whose data x fsdp rows are split and over whose tensor axis heads, for XLA does not
+      split kernels by itself; None: nothing is split.
+    local: whether the rows are a shard's own already, as inside shard_map over data x fsdp.
+  """
+
+  setting: str
+  platform: str
+  mesh: Mesh | None = None
+  local: bool = False
+
+  @property
+  def interpret(self) -> bool:
+    return self.platform != "tpu"
+
+  def kernel(self, head_dim: int, page: int | None = None) -> bool:
+    """Returns whether kernels run, over packed rows or, with tokens a page, over shared pages."""
+    if self.setting == "auto":
+      return self.platform == "tpu" and not _refused(head_dim, page)
+    return self.setting == "pallas"
+
+
+REFERENCE = Choice("xla", "cpu")
+
+
+def choose(setting: str, mesh: Mesh, *, local: bool) -> Choice:
+  """Returns how config.model.attention computes on the mesh; local: in shard_map over its rows."""
+  return Choice(setting, mesh.devices.flat[0].platform, mesh, local)
+
+
+def check(config, head_dim: int) -> None:
+  """Raises UserError where config.model.attention asks for kernels that do not take the model."""
+  reason = _refused(head_dim, config.rollout.page)
+  if config.model.attention == "pallas" and reason:
+    raise UserError(f"config.model.attention = 'pallas': {reason}, or 'auto' or 'xla'")
+
+
+def _refused(head_dim: int, page: int | None) -> str:
+  """Returns why the kernels do not take these sizes, and what they do take; "" where they do."""
+  if head_dim % 64:
+    return f"heads of {head_dim}: the kernels take multiples of 64, so use another model"
+  least = 16 if head_dim % 128 == 0 else 128  # tokens lie last then: kernels/shared.py
+  if page is not None and page % least:
+    return (
+      f"config.rollout.page = {page}: for heads of {head_dim} the kernels take multiples of "
+      f"{least}, so use for example {-(-page // least) * least}"
+    )
+  return ""
 
 
 def packed(
@@ -22,6 +94,7 @@ def packed(
   key: Float[Array, "r l k d"],
   value: Float[Array, "r l k d"],
   end: Int[Array, "r l"],
+  choice: Choice = REFERENCE,
 ) -> Float[Array, "r l h d"]:
   """Attends along the paths of packed trees: token i sees token j iff j <= i < end[j].
 
@@ -37,6 +110,8 @@ def packed(
 
   Rows above BLOCK go block by block: memory is linear in L, forward and backward.
   """
+  if choice.kernel(query.shape[-1]):
+    return _split(query, key, value, end, choice)
   if end.shape[1] > BLOCK:
     return _in_blocks(query, key, value, end)
   index = jnp.arange(end.shape[1])
@@ -45,6 +120,67 @@ def packed(
   exact = query.dtype == jnp.float32  # dot_product_attention takes no precision of its own
   with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
     return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+
+
+def _split(query, key, value, end, choice: Choice):
+  """Runs the kernels on every device's own rows and heads."""
+  h, k, tensor = query.shape[2], key.shape[2], _tensor(choice)
+  if h % math.lcm(k, tensor) == 0:  # a device has heads that share whole key-value heads
+    repeats = math.lcm(k, tensor) // k
+    key, value = (jnp.repeat(x, repeats, 2) if repeats > 1 else x for x in (key, value))
+  return _by_kernel(query, key, value, end, choice)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _by_kernel(query, key, value, end, choice: Choice):
+  return _kernel_forward(query, key, value, end, choice)[0]
+
+
+def _kernel_forward(query, key, value, end, choice: Choice):
+  run = functools.partial(packed_kernel.forward, interpret=choice.interpret)
+  wide, row, sums = _specs(query, key, choice)
+  lifted = _lift(run, choice, (wide, wide, wide, row), (wide, sums))
+  out, sums = (checkpoint_name(x, SAVED) for x in lifted(query, key, value, end))
+  return out, (query, key, value, end, out, sums)
+
+
+def _kernel_backward(choice: Choice, saved, gradient):
+  run = functools.partial(packed_kernel.backward, interpret=choice.interpret)
+  wide, row, sums = _specs(saved[0], saved[1], choice)
+  lifted = _lift(run, choice, (wide, wide, wide, row, wide, sums, wide), (wide, wide, wide))
+  return *lifted(*saved, gradient), None
+
+
+_by_kernel.defvjp(_kernel_forward, _kernel_backward)
+
+
+def _specs(query, key, choice: Choice) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+  """Returns how arrays [R, L, H, D], [R, L] and [R, H, L] are split over the choice's mesh.
+
+  Heads that the tensor axis does not divide are whole on every device of it.
+  """
+  tensor, rows = _tensor(choice), None if choice.local else mesh_lib.BATCH_AXES
+  heads = "tensor" if query.shape[2] % tensor == 0 and key.shape[2] % tensor == 0 else None
+  return (
+    PartitionSpec(rows, None, heads),
+    PartitionSpec(rows),
+    PartitionSpec(rows, heads),
+  )
+
+
+def _lift(run: Callable, choice: Choice, in_specs, out_specs) -> Callable:
+  """Returns `run` for arrays split over the choice's mesh, where it has one."""
+  if choice.mesh is None:
+    return run
+  lift = functools.partial(jax.shard_map, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+  if choice.local:  # the mesh is that of the shard_map around it
+    return lift(run, axis_names={"tensor"})
+  return lift(run, mesh=choice.mesh)
+
+
+def _tensor(choice: Choice) -> int:
+  """Returns over how many devices heads are split."""
+  return 1 if choice.mesh is None else choice.mesh.shape["tensor"]
 
 
 def _in_blocks(query, key, value, end):
@@ -200,6 +336,41 @@ def shared(
   far, near = far.astype(query.dtype), near.astype(query.dtype)
   out = dot(far.reshape(g, k, -1, c), context_value, 2, jnp.float32).reshape(g, k, *rows, d)
   out = (out + dot(near, own_value, 3, jnp.float32)) / total
+  return out.astype(query.dtype).swapaxes(1, 2).reshape(g, m, h, d)
+
+
+def shared_pages(
+  query: Float[Array, "g m h d"],
+  pool: tuple[Float[Array, "n p k t d"], Float[Array, "n p k t d"]],
+  layer: Int[Array, ""],
+  table: shared_kernel.Table,
+  own: tuple[Float[Array, "g k m d s"], Float[Array, "g k m s d"]],
+  step: Int[Array, ""],
+  choice: Choice,
+) -> Float[Array, "g m h d"]:
+  """Does what `shared` does with the group's context read from the pool's pages, by the kernel."""
+  g, m, h, d = query.shape
+  own_key, own_value = own
+  k = own_key.shape[1]
+  precision, scale = _precision(query.dtype), d**-0.5
+  query = query.reshape(g, m, k, h // k, d).swapaxes(1, 2)  # [G, K, M, H / K, D]
+  attend = functools.partial(shared_kernel.attend, rows=m, scale=scale, interpret=choice.interpret)
+  heads = PartitionSpec(None, "tensor" if k % _tensor(choice) == 0 else None)
+  pages = PartitionSpec(None, *heads)
+  in_specs = heads, pages, pages, PartitionSpec(), PartitionSpec()
+  attend = _lift(attend, choice, in_specs, (heads, heads))
+  far, sums = attend(query.reshape(g, k, -1, d), pool[0], pool[1], layer, table)
+  far, sums = far.reshape(query.shape), sums.reshape(query.shape[:-1])
+
+  dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+  near = scale * dot("gkmed,gkmds->gkmes", query, own_key)
+  near = jnp.where(jnp.arange(own_key.shape[-1]) <= step, near, MASKED)
+  # Both parts weigh what the logarithms of their sums say; the token itself is always seen.
+  top = jnp.maximum(sums, near.max(-1))[..., None]
+  far_total, near = jnp.exp(sums[..., None] - top), jnp.exp(near - top)
+  total = far_total + near.sum(-1, keepdims=True)
+  near = dot("gkmes,gkmsd->gkmed", near.astype(query.dtype), own_value)
+  out = (far_total * far + near) / total
   return out.astype(query.dtype).swapaxes(1, 2).reshape(g, m, h, d)
 
 

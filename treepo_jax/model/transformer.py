@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from treepo_jax import struct
 from treepo_jax.model import attention
+from treepo_jax.model.kernels import shared as shared_kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,20 @@ class Context:
   key: list[Float[Array, "g k d c"]] | Float[Array, "n g k d c"]
   value: list[Float[Array, "g k c d"]] | Float[Array, "n g k c d"]
   visible: Bool[Array, "g m c"]
+
+
+@struct.dataclass
+class Pages:
+  """The same where it is read from the pool of pages, by a kernel.
+
+  Attributes:
+    key, value: of the pool, all layers.
+    table: which pages each group reads.
+  """
+
+  key: Float[Array, "n p k t d"]
+  value: Float[Array, "n p k t d"]
+  table: shared_kernel.Table
 
 
 class Adapter(nnx.Module):
@@ -156,20 +171,22 @@ class Block(nnx.Module):
     y = self.feed_norm(x)
     return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
 
-  def packed(self, x, turn, end):
+  def packed(self, x, turn, end, choice: attention.Choice):
     """One layer over packed rows; returns x and the layer's (key, value) [R, L, K, D]."""
     query, key, value = self.project(self.attention_norm(x), turn)
-    return self.merge(x, attention.packed(query, key, value, end)), (key, value)
+    return self.merge(x, attention.packed(query, key, value, end, choice)), (key, value)
 
-  def decode(self, x, turn, context, own, step):
-    """One layer for one new token a row; returns x and `own` with the token's key and value."""
+  def decode(self, x, turn, attend, own, step):
+    """One layer for one new token a row; returns x and `own` with the token's key and value.
+
+    attend: (query, own) -> output, over the layer's context and the row's own tokens.
+    """
     query, key, value = self.project(self.attention_norm(x), turn)
     put = lambda buffer, new, axis: jax.lax.dynamic_update_slice_in_dim(
       buffer, jnp.expand_dims(new.swapaxes(1, 2), axis), step, axis
     )
     own = put(own[0], key, -1), put(own[1], value, -2)
-    mixed = attention.shared(query, context[:2], context[2], own, step)
-    return self.merge(x, mixed), own
+    return self.merge(x, attend(query, own)), own
 
 
 class Transformer(nnx.Module):
@@ -190,6 +207,7 @@ class Transformer(nnx.Module):
     end: Int[Array, "r l"],
     *,
     remat: str,
+    choice: attention.Choice = attention.REFERENCE,
   ):
     """Returns final hidden states [R, L, W] and every layer's (key, value) [N, R, L, K, D].
 
@@ -197,7 +215,7 @@ class Transformer(nnx.Module):
     """
     graph, layers = nnx.split(self.blocks)
     turn = rotation(positions, self.arch)
-    body = lambda x, layer: nnx.merge(graph, layer).packed(x, turn, end)
+    body = lambda x, layer: nnx.merge(graph, layer).packed(x, turn, end, choice)
     if remat != "none":
       body = jax.checkpoint(body, policy=KEEP[remat], prevent_cse=False)  # scan prevents it
     x, cache = jax.lax.scan(body, self.embed[...][tokens], layers)
@@ -256,9 +274,11 @@ def hidden(
   end: Int[Array, "r l"],
   *,
   remat: str = "none",
+  choice: attention.Choice = attention.REFERENCE,
 ) -> Float[Array, "r l w"]:
   """Returns hidden states of packed trees: token i sees token j iff j <= i < end[j]."""
-  return nnx.merge(graph, params).packed(tokens, positions, end, remat=remat)[0]
+  model = nnx.merge(graph, params)
+  return model.packed(tokens, positions, end, remat=remat, choice=choice)[0]
 
 
 def log_probs(
@@ -275,11 +295,18 @@ def log_probs(
   return chosen, entropy
 
 
-def prefill(graph: nnx.GraphDef, params: dict, tokens: Int[Array, "b p"], length: Int[Array, "b"]):
+def prefill(
+  graph: nnx.GraphDef,
+  params: dict,
+  tokens: Int[Array, "b p"],
+  length: Int[Array, "b"],
+  *,
+  choice: attention.Choice = attention.REFERENCE,
+):
   """Returns the keys and values [N, B, P, K, D] of prompts, left aligned; junk beyond `length`."""
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   end = jnp.broadcast_to(length[:, None], tokens.shape)
-  return nnx.merge(graph, params).packed(tokens, positions, end, remat="none")[1]
+  return nnx.merge(graph, params).packed(tokens, positions, end, remat="none", choice=choice)[1]
 
 
 def unstack(params: dict) -> list[dict]:
@@ -289,13 +316,21 @@ def unstack(params: dict) -> list[dict]:
 
 
 def decode_step(
-  model: Transformer, weights: list[dict] | None, tokens, positions, context: Context, own, step
+  model: Transformer,
+  weights: list[dict] | None,
+  tokens: Int[Array, "g m"],
+  positions: Int[Array, "g m"],
+  context: Context | Pages,
+  own,
+  step,
+  *,
+  choice: attention.Choice = attention.REFERENCE,
 ):
   """Feeds one token a row; returns hidden states [G, M, W] and `own` with its keys and values.
 
   weights: of each layer, from `unstack`, to unroll them; None: the model's own, scanned.
-  tokens, positions: i32[G, M]. own: (key, value), lists of [G, K, M, D, S] and [G, K, M, S, D] a
-  layer where the layers are unrolled, else one array with a leading layer axis.
+  own: (key, value), lists of [G, K, M, D, S] and [G, K, M, S, D] a layer where the layers are
+  unrolled, else one array with a leading layer axis.
   """
   x = model.embed[...][tokens]
   # Behind a barrier, or the compiler takes the sines anew in every layer.
@@ -303,15 +338,27 @@ def decode_step(
   graph, stacked = nnx.split(model.blocks)
 
   def layer(x, part):
-    weights, key, value, own_key, own_value = part
-    block = nnx.merge(graph, weights)
-    return block.decode(x, turn, (key, value, context.visible), (own_key, own_value), step)
+    weights, own_key, own_value, *far = part
 
+    def attend(query, own):
+      if isinstance(context, Pages):
+        pool = context.key, context.value
+        return attention.shared_pages(query, pool, far[0], context.table, own, step, choice)
+      key, value = far
+      return attention.shared(query, (key, value), context.visible, own, step)
+
+    block = nnx.merge(graph, weights)
+    return block.decode(x, turn, attend, (own_key, own_value), step)
+
+  if isinstance(context, Pages):
+    far = (jnp.arange(model.arch.layers),)  # the pool itself stays outside of the scan, whole
+  else:
+    far = context.key, context.value
   if weights is None:
-    x, own = jax.lax.scan(layer, x, (stacked, context.key, context.value, *own))
+    x, own = jax.lax.scan(layer, x, (stacked, *own, *far))
     return model.norm(x), own
   news = []
-  for part in zip(weights, context.key, context.value, *own, strict=True):
+  for part in zip(weights, *own, *far, strict=True):
     x, new = layer(x, part)
     news.append(new)
   keys, values = zip(*news, strict=True)

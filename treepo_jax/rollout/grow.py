@@ -71,6 +71,7 @@ def settings(config, *, vocabulary: int, eos_ids: tuple[int, ...], closed: int) 
     group=r.group,
     pages=r.pages,
     unroll=config.model.unroll,
+    attention=config.model.attention,
     merge=r.merge,
     decoder=segment_lib.Settings(
       segment=r.segment,

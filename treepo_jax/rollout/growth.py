@@ -40,6 +40,7 @@ class Settings:
   group: int
   pages: int
   unroll: bool  # decode with the layers unrolled
+  attention: str  # config.model.attention
   merge: bool  # nodes that draw the tokens of another are not decoded again
   decoder: segment_lib.Settings
 

@@ -18,8 +18,8 @@ from jaxtyping import Array, Int
 
 from treepo_jax.decoding import pages as pages_lib
 from treepo_jax.decoding import segment as segment_lib
+from treepo_jax.model import attention, transformer
 from treepo_jax.model import mesh as mesh_lib
-from treepo_jax.model import transformer
 from treepo_jax.rollout import growth as growth_lib
 from treepo_jax.rollout import planning, schedule
 from treepo_jax.rollout import tree as tree_lib
@@ -103,6 +103,8 @@ def build(
     return plan(take(growth, segment, key), reward, key, heat)
 
   planned = place(growth), numbers
+  choice = attention.choose(shape.attention, mesh, local=True)
+  prefill = functools.partial(_prefill, graph=graph, choice=choice)
   return Programs(
     asked=asked,
     growth=growth,
@@ -113,18 +115,17 @@ def build(
     take=sharded(take, whole=(2,), count=3, out=place(growth)),
     plan=sharded(plan, whole=(2, 3), count=4, out=planned),
     advance=sharded(advance, whole=(3, 4), count=5, out=planned),
-    prefill=sharded(
-      functools.partial(_prefill, graph=graph), whole=(1, 2), count=3, out=place(growth)
-    ),
-    decode=Decode(sharded, graph, shape, place((growth, segment))),
+    prefill=sharded(prefill, whole=(1, 2), count=3, out=place(growth)),
+    decode=Decode(sharded, graph, shape, choice, place((growth, segment))),
   )
 
 
 class Decode:
   """The segment decoder, compiled once for every size of (groups, shared nodes) that is used."""
 
-  def __init__(self, sharded, graph: nnx.GraphDef, shape: Settings, out):
-    self.sharded, self.graph, self.shape, self.out = sharded, graph, shape, out
+  def __init__(self, sharded, graph: nnx.GraphDef, shape: Settings, choice, out):
+    self.sharded, self.shape, self.out = sharded, shape, out
+    self.run = functools.partial(_decode, graph=graph, shape=shape, choice=choice)
     self.used = {}
 
   def size(self, groups: int, shared: int) -> tuple[int, int]:
@@ -138,9 +139,7 @@ class Decode:
   def program(self, groups: int, shared: int) -> jax.stages.Wrapped:
     """Returns the jitted decoder of a size: (growth, params, layers, table, key)."""
     if (groups, shared) not in self.used:
-      run = functools.partial(
-        _decode, graph=self.graph, shape=self.shape, groups=groups, shared=shared
-      )
+      run = functools.partial(self.run, groups=groups, shared=shared)
       run = self.sharded(run, whole=(1, 2, 3, 4), count=5, out=self.out)
       self.used[groups, shared] = run
     return self.used[groups, shared]
@@ -175,7 +174,14 @@ def _start(
   return growth, jax.tree.map(lambda x: jnp.broadcast_to(x, (tokens.shape[0], *x.shape)), empty)
 
 
-def _prefill(growth: Growth, params: dict, part: Int[Array, ""], *, graph: nnx.GraphDef) -> Growth:
+def _prefill(
+  growth: Growth,
+  params: dict,
+  part: Int[Array, ""],
+  *,
+  graph: nnx.GraphDef,
+  choice: attention.Choice,
+) -> Growth:
   """Writes the pages of the part-th PREFILL of the prompts just admitted."""
   b = growth.fresh.shape[0]
   chunk = min(PREFILL, b)
@@ -190,6 +196,7 @@ def _prefill(growth: Growth, params: dict, part: Int[Array, ""], *, graph: nnx.G
     get(growth.paths.prompt, pages_lib.NO_PAGE),
     params,
     graph=graph,
+    choice=choice,
   )
   return dataclasses.replace(growth, pool=pool)
 
@@ -203,6 +210,7 @@ def _decode(
   *,
   graph,
   shape: Settings,
+  choice: attention.Choice,
   groups: int,
   shared: int,
 ) -> tuple[Growth, segment_lib.Segment]:
@@ -224,6 +232,7 @@ def _decode(
     jax.random.fold_in(key, planning.TOKENS),
     graph=graph,
     settings=shape.decoder,
+    choice=choice,
   )
   pad = lambda x: (
     jnp.pad(x, [(0, shape.groups - groups)] + [(0, 0)] * (x.ndim - 1)) if x.ndim else x

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from treepo_jax.config import UserError
-from treepo_jax.model import hub, transformer, weights
+from treepo_jax.model import attention, hub, transformer, weights
 from treepo_jax.model import mesh as mesh_lib
 from treepo_jax.rollout import grow
 from treepo_jax.run import hosts, preemption
@@ -63,6 +63,7 @@ def load(config: ml_collections.FrozenConfigDict) -> Setup:
   folder = hub.find(config.model.path, config.model.revision)
   text = text_lib.load(folder, thinking=config.data.thinking)
   graph, params, arch = weights.load(folder, config.model.dtype, mesh)
+  attention.check(config, arch.head_dim)
   shape = grow.settings(
     config,
     vocabulary=min(len(text.tokenizer), arch.vocab_size),
