@@ -356,6 +356,8 @@ def _log_probs(
 ) -> tuple[Float[Array, "r l"], Float[Array, "r l"]]:
   """Returns log-probs and entropies of a micro-batch's tokens [R, L]; junk where count is 0."""
   choice = attention.choose(config.model.attention, mesh, local=False)
+  ends = {name: params[name] for name in ("embed", "head") if name in params}
+  params = params | mesh_lib.gathered(ends, mesh)  # once, and not for each chunk of logits
   rows = batch.tokens, batch.positions, batch.end
   hidden = transformer.hidden(graph, params, *rows, remat=config.model.remat, choice=choice)
   hidden = jnp.take_along_axis(hidden, batch.previous[..., None], axis=1)

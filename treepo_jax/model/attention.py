@@ -54,6 +54,11 @@ class Choice:
   def interpret(self) -> bool:
     return self.platform != "tpu"
 
+  @property
+  def spread(self) -> Mesh | None:
+    """The mesh over which XLA splits rows and weights; None where they are a shard's own."""
+    return None if self.local else self.mesh
+
   def kernel(self, head_dim: int, page: int | None = None) -> bool:
     """Returns whether kernels run, over packed rows or, with tokens a page, over shared pages."""
     if self.setting == "auto":

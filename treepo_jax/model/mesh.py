@@ -146,6 +146,30 @@ def shardings(tree, mesh: Mesh, over: tuple[str, ...] = WEIGHT_AXES):
   )
 
 
+def gathered(tree, mesh: Mesh):
+  """Returns the weights split over "tensor" alone: brought together over fsdp where they are used.
+
+  Inside a scan over layers that is one layer at a time; their gradients are summed back into parts.
+  """
+
+  def one(path: tuple, x):
+    path = tuple(key for key in path if getattr(key, "name", None) != "value")
+    sharding = NamedSharding(mesh, spec(path, x.shape, mesh, over=("tensor",)))
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def split_rows(x: jax.Array, mesh: Mesh, tokens: bool) -> jax.Array:
+  """Returns [R, L, W] with rows split over data x fsdp, and with `tokens` these over "tensor".
+
+  So a layer's input waits for the backward pass: no device keeps more than its part.
+  """
+  split = "tensor" if tokens and x.shape[1] % mesh.shape["tensor"] == 0 else None
+  sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES, split))
+  return jax.lax.with_sharding_constraint(x, sharding)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of a value that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from treepo_jax import struct
 from treepo_jax.model import attention
+from treepo_jax.model import mesh as mesh_lib
 from treepo_jax.model.kernels import shared as shared_kernel
 
 
@@ -215,11 +216,20 @@ class Transformer(nnx.Module):
     """
     graph, layers = nnx.split(self.blocks)
     turn = rotation(positions, self.arch)
-    body = lambda x, layer: nnx.merge(graph, layer).packed(x, turn, end, choice)
+    mesh, x = choice.spread, self.embed[...][tokens]
+    # Left to itself XLA would split the width of a layer over fsdp, and send activations about.
+    lie = lambda x, tokens: x if mesh is None else mesh_lib.split_rows(x, mesh, tokens)
+
+    def body(x, layer):
+      if mesh is not None:
+        layer = mesh_lib.gathered(layer, mesh)
+      x, cache = nnx.merge(graph, layer).packed(lie(x, False), turn, end, choice)
+      return lie(x, True), cache
+
     if remat != "none":
       body = jax.checkpoint(body, policy=KEEP[remat], prevent_cse=False)  # scan prevents it
-    x, cache = jax.lax.scan(body, self.embed[...][tokens], layers)
-    return self.norm(x), cache
+    x, cache = jax.lax.scan(body, lie(x, True), layers)
+    return self.norm(lie(x, False)), cache
 
   def logits(self, hidden: Float[Array, "*b w"]) -> Float[Array, "*b v"]:
     """Returns float32 logits over the vocabulary."""
