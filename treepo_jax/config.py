@@ -53,7 +53,7 @@ def default() -> ml_collections.ConfigDict:
 
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = -1  # devices that hold whole copies; -1: all that are left
-  c.mesh.fsdp = 1  # devices that weights and optimizer state are split over
+  c.mesh.fsdp = 1  # devices that weights and optimizer state are split over; -1: all that are left
   c.mesh.tensor = 1  # devices that heads and hidden units are split over
   c.mesh.cpu_devices = 0  # without an accelerator: devices the CPU is taken as; 0: about one a core
 
@@ -181,7 +181,8 @@ def default() -> ml_collections.ConfigDict:
   c.learn = ml_collections.ConfigDict()
   c.learn.packing = "tree"  # "tree": each token once | "path": each trajectory by itself
   c.learn.row_length = 512  # tokens a packed row
-  c.learn.micro_rows = 4  # rows a micro-batch, a multiple of mesh data * fsdp
+  # Rows a micro-batch, a multiple of mesh data * fsdp; 0: one for each of these
+  c.learn.micro_rows = 4
   c.learn.minibatches = 1  # optimizer steps a rollout batch; a tree stays whole
   c.learn.loss = "ppo"  # "ppo" (DAPO, GRPO, TreePO's Eq 1) | "gspo" | "cispo" | "reinforce"
   # Mean of the loss over "token": all tokens (DAPO) | "sequence": trajectories, of their token
@@ -291,10 +292,12 @@ def validate(c: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
   _one_of(c, "model.dtype", ("float32", "bfloat16"))
   _one_of(c, "model.remat", ("none", "dots", "layer"))
   _one_of(c, "model.attention", ("auto", "xla", "pallas"))
-  for axis in ("fsdp", "tensor"):
-    _positive(c, f"mesh.{axis}")
-  if c.mesh.data != -1:
-    _positive(c, "mesh.data")
+  _positive(c, "mesh.tensor")
+  for axis in ("data", "fsdp"):
+    if c.mesh[axis] != -1:
+      _positive(c, f"mesh.{axis}")
+  if c.mesh.data == c.mesh.fsdp == -1:
+    raise UserError("config.mesh.data = config.mesh.fsdp = -1: only one can be all that are left")
   _at_least(c, "mesh.cpu_devices", 0)
   _one_of(c, "data.overlong", ("error", "drop"))
   _one_of(c, "data.template", TEMPLATES)
@@ -473,7 +476,8 @@ def _check_learn(c: ml_collections.ConfigDict) -> None:
   _one_of(c, "learn.kl_in", ("loss", "reward"))
   _one_of(c, "learn.reference", ("initial", "average"))
   _one_of(c, "learn.correction", ("none", "token", "sequence"))
-  _positive(c, "learn.row_length", "learn.micro_rows", "learn.minibatches")
+  _positive(c, "learn.row_length", "learn.minibatches")
+  _at_least(c, "learn.micro_rows", 0)
   _positive(c, "learn.clip_low", "learn.clip_high", "learn.correction_cap")
   for key in ("clip_dual", "entropy_weight", "kl_weight", "kl_target"):
     _at_least(c, f"learn.{key}", 0)

@@ -65,6 +65,7 @@ def main(argv: list[str]) -> None:
 
   hosts.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
   mesh.split_host(config, PROCESSES.value or 1)
+  config = mesh.resolve(config)
 
   if MODE.value == "train":
     train.run(config, workdir)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -47,12 +48,12 @@ def split_host(config, processes: int = 1) -> None:
   if not count:
     if "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", ""):
       return
-    split = config.mesh.fsdp * config.mesh.tensor
-    fits = lambda n: (
-      n * processes % split == 0
-      and config.mesh.data in (-1, n * processes // split)
-      and config.learn.micro_rows % (n * processes // config.mesh.tensor) == 0
-    )
+
+    def fits(n: int) -> bool:
+      data, fsdp, tensor = _sizes(config, n * processes)
+      whole = data * fsdp * tensor == n * processes
+      return whole and config.learn.micro_rows % (data * fsdp) == 0
+
     count = next((n for n in range(len(os.sched_getaffinity(0)), 1, -1) if fits(n)), 1)
   jax.config.update("jax_num_cpu_devices", count)
 
@@ -65,15 +66,12 @@ def create(config, devices: Sequence[Any] | None = None) -> Mesh:
   devices: others than those that are there, to compile for.
   """
   devices = jax.devices() if devices is None else devices
-  fsdp, tensor, data = config.mesh.fsdp, config.mesh.tensor, config.mesh.data
-  if data == -1:
-    data = max(len(devices) // (fsdp * tensor), 1)
+  shape = data, fsdp, tensor = _sizes(config, len(devices))
   if data * fsdp * tensor != len(devices):
     raise UserError(
       f"config.mesh: data {data} x fsdp {fsdp} x tensor {tensor} = {data * fsdp * tensor}, but "
       f"there are {len(devices)} devices; set mesh.data to -1 or let the product be {len(devices)}"
     )
-  shape = (data, fsdp, tensor)
   # Axes may share an axis of the wires: 4 x 2 of a TPU's 8 in a row.
   ordered = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   if not _within_hosts(ordered):  # it follows the wires, but a rollout stays on its host
@@ -86,6 +84,27 @@ def create(config, devices: Sequence[Any] | None = None) -> Mesh:
       "over hosts"
     )
   return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def resolve(
+  config: ml_collections.FrozenConfigDict, count: int | None = None
+) -> ml_collections.FrozenConfigDict:
+  """Returns the config with what it leaves to the number of devices: the mesh, rows of an update.
+
+  count: of devices, if not of those that are there.
+  """
+  data, fsdp, _ = _sizes(config, jax.device_count() if count is None else count)
+  resolved = ml_collections.ConfigDict(config)
+  resolved.mesh.data, resolved.mesh.fsdp = data, fsdp
+  resolved.learn.micro_rows = config.learn.micro_rows or data * fsdp
+  return ml_collections.FrozenConfigDict(resolved)
+
+
+def _sizes(config, count: int) -> tuple[int, int, int]:
+  """Returns data, fsdp and tensor of config.mesh over so many devices, whether they fit or not."""
+  data, fsdp, tensor = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+  left = max(count // (tensor * max(data, 1) * max(fsdp, 1)), 1)
+  return left if data == -1 else data, left if fsdp == -1 else fsdp, tensor
 
 
 def along_data(devices: Sequence[Any], tensor: int) -> Mesh:

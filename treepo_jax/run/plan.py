@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from treepo_jax.config import UserError
 from treepo_jax.learn import packing, update
-from treepo_jax.model import hf_config, hub, transformer
+from treepo_jax.model import attention, hf_config, hub, transformer
 from treepo_jax.model import mesh as mesh_lib
 from treepo_jax.rollout import grow, programs
 from treepo_jax.run import cost, hlo
@@ -58,7 +58,8 @@ class Program:
     chips: that it is spread over.
     resident: bytes a chip that lie in its memory beside the arguments.
     calls: how often a training step runs it, a host; of the decoder its steps, a token a row each.
-    moved: bytes that a call reads and writes, where XLA's count says less than is known.
+    moved: bytes that a call reads and writes at least; None: as XLA counts, which takes a slice of
+      what a loop carries for the whole, and a loop for once.
   """
 
   name: str
@@ -94,6 +95,7 @@ def run(config, topology: str, workdir: Path) -> dict:
   is a finding, told with the key to change.
   """
   chips = topology_lib.describe(topology)
+  config = mesh_lib.resolve(config, len(chips.devices))
   mesh = mesh_lib.create(config, chips.devices)
   found = []
   listed = list(_programs(config, chips, mesh))
@@ -150,6 +152,7 @@ def _architecture(config) -> transformer.Architecture:
 def _programs(config, topology: Topology, mesh: Mesh) -> Iterator[Program]:
   """Yields the programs in the order of a step: weights to the rollout, rollout, update."""
   arch = _architecture(config)
+  attention.check(config, arch.head_dim)
   graph, params = transformer.abstract(arch, jnp.dtype(config.model.dtype))
   state = update.abstract(params, config, mesh)
   kept = _bytes(state)
@@ -162,10 +165,15 @@ def _programs(config, topology: Topology, mesh: Mesh) -> Iterator[Program]:
   yield from _rollout(config, topology, mesh, arch, graph, params, kept, step)
 
   k = math.ceil(step.micro_batches / config.learn.minibatches)
-  batch = packing.abstract(config.learn.micro_rows << (k - 1).bit_length(), config)
+  padded = 1 << (k - 1).bit_length()  # a micro-batch of padding alone is skipped
+  batch = packing.abstract(config.learn.micro_rows * padded, config)
   batch = update.abstract_batch(batch, config, mesh)
   optimize = update.program(state, graph=graph, config=config, mesh=mesh)
-  yield Program("update", optimize, (state, batch), chips, 0.0, float(config.learn.minibatches))
+  whole = _bytes(_rolled_out(params, mesh))
+  # A micro-batch reads the weights forward, again and backward, and adds to the gradient.
+  moved = padded * (3 * whole + 2 * _bytes(state.params)) + 2 * kept
+  calls = config.learn.minibatches * k / padded
+  yield Program("update", optimize, (state, batch), chips, 0.0, calls, moved)
 
 
 def _rollout(config, topology: Topology, mesh: Mesh, arch, graph, params, kept: float, step):
@@ -189,7 +197,7 @@ def _rollout(config, topology: Topology, mesh: Mesh, arch, graph, params, kept: 
   dtype = params["embed"].dtype
   calls = programs.build(graph, dtype, shape, per_shard, here)
   lie = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-  params = jax.tree.map(lie, params, mesh_lib.shardings(params, here, over=("tensor",)))
+  params = _rolled_out(params, here)
   whole = mesh_lib.replicated(here)
   key = lie(jax.eval_shape(lambda: jax.random.key(0)), whole)
   table = jax.ShapeDtypeStruct((text_lib.STATES, arch.vocab_size), jnp.int8, sharding=whole)
@@ -213,6 +221,7 @@ def _rollout(config, topology: Topology, mesh: Mesh, arch, graph, params, kept: 
       chips,
       kept,
       float(math.ceil(per_shard / min(programs.PREFILL, per_shard))),
+      weights,
     ),
     Program(
       "expand",
@@ -235,6 +244,12 @@ def _rollout(config, topology: Topology, mesh: Mesh, arch, graph, params, kept: 
   yield from programs_
 
 
+def _rolled_out(params, mesh: Mesh):
+  """Returns the shapes of weights as a rollout takes them."""
+  put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  return jax.tree.map(put, params, mesh_lib.shardings(params, mesh, over=("tensor",)))
+
+
 def _bytes(tree) -> float:
   """Returns the bytes a chip of shapes with their layout."""
   own = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
@@ -251,9 +266,7 @@ def _compile(program: Program, topology: Topology) -> dict[str, Any]:
   row["resident_bytes"] = program.resident
   if "says" in found:  # the compiler found no room
     return row | {"argument_bytes": _bytes(program.arguments), "fits": False, "seconds": None}
-  # XLA counts the body of each loop once; it runs as often as the operations say.
-  often = max(operations / found["flops_once"], 1) if found["flops_once"] and operations else 1
-  moved = found["bytes_once"] * often if program.moved is None else program.moved
+  moved = found["bytes_once"] if program.moved is None else program.moved
   peak = found["argument_bytes"] + found["temp_bytes"] + found["output_bytes"] + program.resident
   return row | {
     "bytes_accessed": moved,
@@ -294,7 +307,6 @@ def _measured(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any]
       "temp_bytes": memory.temp_size_in_bytes,
       "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
       "collective_bytes": sum(hlo.collective_bytes(compiled.as_text()).values()),
-      "flops_once": counted.get("flops", 0.0),
       "bytes_once": counted.get("bytes accessed", 0.0),
     }
   found["compile_seconds"] = time.perf_counter() - begun
@@ -348,8 +360,9 @@ def _largest(rows: list[dict], config, mesh: Mesh) -> dict[str, int | None]:
     left = min(row["margin_bytes"] for row in growing)
     largest["rollout.pages"] = config.rollout.pages + int(left / page)
     times = 1 + decode["margin_bytes"] / max(decode["temp_bytes"], 1)
-    group = config.rollout.group
-    largest["rollout.rows"] = int(config.rollout.rows * times) // group * group
+    group, r = config.rollout.group, config.rollout
+    most = -(-r.prompts // mesh_lib.shards(mesh)) * -(-r.width // group) * group
+    largest["rollout.rows"] = min(int(r.rows * times) // group * group, most)
   if optimize["fits"]:
     times = 1 + optimize["margin_bytes"] / max(optimize["temp_bytes"], 1)
     shards = mesh_lib.shards(mesh)

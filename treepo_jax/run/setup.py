@@ -28,6 +28,7 @@ CONTINUES = (
   "train.trees_every",
   "eval.",
   "mesh.",
+  "learn.micro_rows",
   "plan.",
 )
 
