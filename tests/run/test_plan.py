@@ -12,9 +12,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from treepo_jax import config as config_lib
 from treepo_jax import main
+from treepo_jax.learn import packing, update
 from treepo_jax.model import hf_config, transformer
 from treepo_jax.model import mesh as mesh_lib
-from treepo_jax.run import plan, topology
+from treepo_jax.run import hlo, plan, topology
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -69,9 +70,10 @@ def test_a_plan_says_what_lies_where(tmp_path, capsys):
   ]
   parts = lambda spec: 2 ** sum(axis is not None for axis in spec)
   split = sum(4 * size / parts(spec) for size, spec in sizes)
-  assert steps["transfer"]["argument_bytes"] == pytest.approx(split, rel=0.02)  # padded to tiles
+  # Arrays are padded to tiles of 8 x 128, and halves of the embedding have a width of 64.
+  assert split <= steps["transfer"]["argument_bytes"] <= 1.5 * split
   # The weights and Adam's two averages, and the batch.
-  assert steps["update"]["argument_bytes"] == pytest.approx(3 * split, rel=0.1)
+  assert 3 * split <= steps["update"]["argument_bytes"] <= 4.5 * split
   assert steps["transfer"]["collective_bytes"] > 0  # what fsdp had split comes together
   assert steps["decode"]["flops"] > 0 and steps["update"]["flops"] > steps["decode"]["flops"]
   assert found["cost_per_1000_trajectories"] == pytest.approx(
@@ -84,13 +86,51 @@ def plan_mesh(fsdp: int, tensor: int) -> Mesh:
   return mesh_lib.create(settings(**{"mesh.fsdp": fsdp, "mesh.tensor": tensor}), jax.devices()[:4])
 
 
+@pytest.mark.slow
+def test_the_update_gathers_one_layer_at_a_time():
+  """No device gathers more than its tensor part of one layer, of the head or of the embedding."""
+  width, hidden, vocabulary = 256, 768, 1024
+  arch = transformer.Architecture(
+    family="qwen2",
+    vocab_size=vocabulary,
+    width=width,
+    layers=5,
+    heads=4,
+    kv_heads=2,
+    head_dim=64,
+    hidden=hidden,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_scaling=None,
+    max_positions=1024,
+    tied=False,
+    qkv_bias=True,
+    output_bias=False,
+    qk_norm=False,
+  )
+  c = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2, "learn.row_length": 512}
+  config = settings(**c, **{"model.dtype": "bfloat16", "model.remat": "layer"})
+  mesh = mesh_lib.create(config, topology.describe("v5e:2x4").devices)
+  graph, params = transformer.abstract(arch, jnp.bfloat16)
+  state = update.abstract(params, config, mesh)
+  batch = update.abstract_batch(packing.abstract(8, config), config, mesh)
+  program = update.program(state, graph=graph, config=config, mesh=mesh)
+  text = program.lower(state, batch).compile().as_text()
+  gathered = [x for x in hlo.instructions(text) if x.operation == "all-gather"]
+  size = {x.shape: int(np.prod(x.shape)) for x in gathered}
+  layer, ends = width * hidden // 2, width * vocabulary // 2  # split over tensor
+  assert layer in size.values(), "no layer's weights come together: fsdp does nothing"
+  assert max(size.values()) <= max(layer, ends, 512 * width)  # the last: a row's activations
+  assert not [x for x in hlo.instructions(text) if x.operation in hlo.HOST]
+
+
 def test_what_does_not_fit_is_a_finding_with_a_key_to_change():
   chips = topology.describe("v5e:1x1")
   mesh = Mesh(np.asarray(chips.devices).reshape(1, 1, 1), mesh_lib.AXES)
   whole = NamedSharding(mesh, PartitionSpec())
   large = jax.ShapeDtypeStruct((60_000, 60_000), jnp.float32, sharding=whole)  # 14.4 GB
   program = plan.Program("update", jax.jit(lambda x: x @ x), (large,), 1, 0.0, 1.0)
-  row = plan._compile(program, chips)
+  row = plan.compiled(program, chips)
   assert not row["fits"] and row["argument_bytes"] == 4 * 60_000**2
   shown = {"topology": "v5e:1x1", "chips": 1, "chip": "v5e", "hosts": 1, "hbm_bytes": 16 << 30}
   shown |= {"fits": False, "steps": [row], "largest": {}, "step_seconds": None}
@@ -103,7 +143,7 @@ def test_memory_that_others_hold_counts():
   mesh = Mesh(np.asarray(chips.devices).reshape(1, 1, 1), mesh_lib.AXES)
   whole = NamedSharding(mesh, PartitionSpec())
   small = jax.ShapeDtypeStruct((1024,), jnp.float32, sharding=whole)
-  row = lambda held: plan._compile(
+  row = lambda held: plan.compiled(
     plan.Program("expand", jax.jit(lambda x: x + 1), (small,), 1, held, 1.0), chips
   )
   assert row(0.0)["fits"] and not row(float(16 << 30))["fits"]
@@ -111,5 +151,7 @@ def test_memory_that_others_hold_counts():
 
 def test_a_tensor_group_stays_on_a_host(tmp_path):
   config = settings(**{"mesh.fsdp": 2, "mesh.tensor": 8, "learn.micro_rows": 2})
-  with pytest.raises(config_lib.UserError, match="config.mesh.tensor = 8 must divide the 4 chips"):
+  with pytest.raises(
+    config_lib.UserError, match="config.mesh.tensor = 8 must divide the 4 devices"
+  ):
     plan.run(config, "v6e:4x4", tmp_path)

@@ -179,6 +179,15 @@ def gathered(tree, mesh: Mesh):
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def look_up(embed: jax.Array, tokens: jax.Array, mesh: Mesh) -> jax.Array:
+  """Returns embed[tokens], [R, L, W], both split by width: else each would gather the embedding."""
+  split = "tensor" if embed.shape[1] % mesh.shape["tensor"] == 0 else None
+  lie = lambda x, *axes: jax.lax.with_sharding_constraint(
+    x, NamedSharding(mesh, PartitionSpec(*axes, None, split))
+  )
+  return lie(lie(embed)[tokens], BATCH_AXES)
+
+
 def split_rows(x: jax.Array, mesh: Mesh, tokens: bool) -> jax.Array:
   """Returns [R, L, W] with rows split over data x fsdp, and with `tokens` these over "tensor".
 

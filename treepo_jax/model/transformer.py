@@ -216,7 +216,8 @@ class Transformer(nnx.Module):
     """
     graph, layers = nnx.split(self.blocks)
     turn = rotation(positions, self.arch)
-    mesh, x = choice.spread, self.embed[...][tokens]
+    mesh, table = choice.spread, self.embed[...]
+    x = table[tokens] if mesh is None else mesh_lib.look_up(table, tokens, mesh)
     # Left to itself XLA would split the width of a layer over fsdp, and send activations about.
     lie = lambda x, tokens: x if mesh is None else mesh_lib.split_rows(x, mesh, tokens)
 
@@ -224,7 +225,7 @@ class Transformer(nnx.Module):
       if mesh is not None:
         layer = mesh_lib.gathered(layer, mesh)
       x, cache = nnx.merge(graph, layer).packed(lie(x, False), turn, end, choice)
-      return lie(x, True), cache
+      return lie(lie(x, False), True), cache  # else the feed-forward would be split by tokens
 
     if remat != "none":
       body = jax.checkpoint(body, policy=KEEP[remat], prevent_cse=False)  # scan prevents it

@@ -98,11 +98,11 @@ def run(config, topology: str, workdir: Path) -> dict:
   config = mesh_lib.resolve(config, len(chips.devices))
   mesh = mesh_lib.create(config, chips.devices)
   found = []
-  listed = list(_programs(config, chips, mesh))
+  listed = list(programs_of(config, chips, mesh))
   print(f"Compiling {len(listed)} programs for {topology}: {len(chips.devices)} chips", flush=True)
   for i, program in enumerate(listed):
     print(f"  {i + 1}/{len(listed)} {program.name} ...", end=" ", flush=True)
-    found.append(_compile(program, chips))
+    found.append(compiled(program, chips))
     print(f"{found[-1]['compile_seconds']:.0f} s", flush=True)
   plan = {
     "topology": topology,
@@ -149,7 +149,7 @@ def _architecture(config) -> transformer.Architecture:
   return hf_config.read(hub.find(config.model.path, config.model.revision))
 
 
-def _programs(config, topology: Topology, mesh: Mesh) -> Iterator[Program]:
+def programs_of(config, topology: Topology, mesh: Mesh) -> Iterator[Program]:
   """Yields the programs in the order of a step: weights to the rollout, rollout, update."""
   arch = _architecture(config)
   attention.check(config, arch.head_dim)
@@ -230,6 +230,7 @@ def _rollout(config, topology: Topology, mesh: Mesh, arch, graph, params, kept: 
       chips,
       kept + weights,
       strides,
+      2 * (_bytes(calls.growth) - _bytes(calls.growth.pool)),
     ),
     Program(
       "decode",
@@ -256,7 +257,7 @@ def _bytes(tree) -> float:
   return float(sum(own(x) for x in jax.tree.leaves(tree)))
 
 
-def _compile(program: Program, topology: Topology) -> dict[str, Any]:
+def compiled(program: Program, topology: Topology) -> dict[str, Any]:
   """Returns a program's row of plan.json: bytes and operations a chip."""
   chip = topology.chip
   traced = program.run.trace(*program.arguments)
@@ -292,7 +293,7 @@ def _measured(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any]
   begun = time.perf_counter()
   try:
     with _uncached():
-      compiled = lowered.compile()
+      made = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -300,13 +301,13 @@ def _measured(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any]
     found: dict[str, Any] = {f"{name}_bytes": None for name in names}
     found |= {"bytes_accessed": None, "says": str(error).splitlines()[0]}
   else:
-    memory: Any = compiled.memory_analysis()
-    counted = compiled.cost_analysis() or {}
+    memory: Any = made.memory_analysis()
+    counted = made.cost_analysis() or {}
     found = {
       "argument_bytes": memory.argument_size_in_bytes,
       "temp_bytes": memory.temp_size_in_bytes,
       "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-      "collective_bytes": sum(hlo.collective_bytes(compiled.as_text()).values()),
+      "collective_bytes": sum(hlo.collective_bytes(made.as_text()).values()),
       "bytes_once": counted.get("bytes accessed", 0.0),
     }
   found["compile_seconds"] = time.perf_counter() - begun
