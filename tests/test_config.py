@@ -30,6 +30,17 @@ def test_every_config_validates_and_says_how_to_run_it(path):
   assert f"--config=configs/{path.name}" in str(module.__doc__)
 
 
+def test_every_run_of_the_paper_validates():
+  module = load(next(path for path in CONFIGS if path.stem == "math_qwen2p5_7b"))
+  for variant, changes in module.VARIANTS.items():
+    c = config_lib.validate(module.get_config(variant))
+    assert c.rollout.depth * c.rollout.segment == 7168
+    for key, value in changes.items():
+      assert config_lib._value(c, key) == value
+  with pytest.raises(ValueError, match="'tree' is none of the runs: treepo, more_init"):
+    module.get_config("tree")
+
+
 def test_a_misspelt_key_is_refused():
   c = config_lib.default()
   with pytest.raises(AttributeError, match="widht"):

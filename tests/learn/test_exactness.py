@@ -190,7 +190,7 @@ def packed(graph, params, other, tree, advantage, config, mesh=None):
     state = replace(state, reference=update.create(other, config, mesh).params)
   placed = update.place(batch, config, mesh)
   if config.learn.kl != "none" or config.learn.correction != "none":
-    placed = update._scored(state, placed, graph=graph, config=config, mesh=mesh)
+    placed = update.scorer(graph, config, mesh)(state, placed)
   gradient, ratios = accumulate(state, placed, graph=graph, config=config, mesh=mesh)
   return float(ratios["loss/total"].mean()), gradient, batch
 

@@ -106,8 +106,7 @@ def test_correction_scores_with_the_trainer_before_the_first_step():
   assert len(batches) == 2
   state = update.create(PARAMS, config, MESH)
   scored = [
-    update._scored(state, update.place(b, config, MESH), graph=GRAPH, config=config, mesh=MESH)
-    for b in batches
+    update.scorer(GRAPH, config, MESH)(state, update.place(b, config, MESH)) for b in batches
   ]
   for before, after in zip(batches, scored, strict=True):
     trained = before.count > 0

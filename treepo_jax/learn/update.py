@@ -151,7 +151,7 @@ def step(
   optimize = program(state, graph=graph, config=config, mesh=mesh)
   placed = (place(batch, config, mesh) for batch in batches)
   if config.learn.kl != "none" or config.learn.correction != "none":
-    placed = [_scored(state, batch, graph=graph, config=config, mesh=mesh) for batch in placed]
+    placed = [scorer(graph, config, mesh)(state, batch) for batch in placed]
   measured = []
   for batch in placed:
     state, measurement = optimize(state, batch)
@@ -192,7 +192,7 @@ def divergence(
   """
   total = jnp.zeros(nodes)
   for batch in batches:
-    placed = _scored(state, place(batch, config, mesh), graph=graph, config=config, mesh=mesh)
+    placed = scorer(graph, config, mesh)(state, place(batch, config, mesh))
     total = _add_divergence(total, placed, mesh)
   return total
 
@@ -204,7 +204,12 @@ def _add_divergence(total: Float[Array, "m"], batch: Batch, mesh: Mesh) -> Float
   return jax.lax.with_sharding_constraint(total, mesh_lib.replicated(mesh))  # every host reads it
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "mesh"))
+@functools.lru_cache
+def scorer(graph: nnx.GraphDef, config, mesh: Mesh) -> jax.stages.Wrapped:
+  """Returns the jitted (state, placed batch) -> batch with the log-probs that the loss asks for."""
+  return jax.jit(functools.partial(_scored, graph=graph, config=config, mesh=mesh))
+
+
 def _scored(state: State, batch: Batch, *, graph: nnx.GraphDef, config, mesh: Mesh) -> Batch:
   """Returns the batch with the log-probs that the loss compares with."""
 

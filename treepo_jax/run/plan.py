@@ -7,6 +7,7 @@ and the transfer of the new weights for all chips.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -168,11 +169,16 @@ def programs_of(config, topology: Topology, mesh: Mesh) -> Iterator[Program]:
   padded = 1 << (k - 1).bit_length()  # a micro-batch of padding alone is skipped
   batch = packing.abstract(config.learn.micro_rows * padded, config)
   batch = update.abstract_batch(batch, config, mesh)
+  calls = config.learn.minibatches * k / padded
+  if config.learn.kl != "none" or config.learn.correction != "none":
+    scorer = update.scorer(graph, config, mesh)
+    yield Program("score", scorer, (state, batch), chips, 0.0, calls, 2 * kept)
+    put = functools.partial(jax.ShapeDtypeStruct, sharding=batch.tokens.sharding)
+    batch = jax.tree.map(lambda x: put(x.shape, x.dtype), jax.eval_shape(scorer, state, batch))
   optimize = update.program(state, graph=graph, config=config, mesh=mesh)
   whole = _bytes(_rolled_out(params, mesh))
   # A micro-batch reads the weights forward, again and backward, and adds to the gradient.
   moved = padded * (3 * whole + 2 * _bytes(state.params)) + 2 * kept
-  calls = config.learn.minibatches * k / padded
   yield Program("update", optimize, (state, batch), chips, 0.0, calls, moved)
 
 
