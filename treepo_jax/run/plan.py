@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from treepo_jax.config import UserError
 from treepo_jax.learn import packing, update
 from treepo_jax.model import attention, hf_config, hub, transformer
 from treepo_jax.model import mesh as mesh_lib
@@ -186,11 +185,6 @@ def _rollout(config, topology: Topology, mesh: Mesh, arch, graph, params, kept: 
   """Yields the programs of a host's rollout."""
   here = mesh
   if topology.hosts > 1:
-    if len(topology.local) % config.mesh.tensor:
-      raise UserError(
-        f"config.mesh.tensor = {config.mesh.tensor} must divide the {len(topology.local)} chips of "
-        f"a host of {topology.name}: a rollout stays on its host"
-      )
     here = mesh_lib.along_data(topology.local, config.mesh.tensor)
   per_shard = -(-config.rollout.prompts // mesh_lib.shards(mesh))
   shape = grow.settings(
@@ -218,7 +212,7 @@ def _rollout(config, topology: Topology, mesh: Mesh, arch, graph, params, kept: 
   per_token = 2 * arch.layers * arch.kv_heads * arch.head_dim * dtype.itemsize
   read = weights + rows * step.context * per_token / here.shape["tensor"]
   strides = step.steps / shape.decoder.stride
-  programs_ = (
+  yield from (
     Program("start", calls.start, calls.asked, chips, kept + weights, 1.0),
     Program(
       "prefill",
@@ -248,7 +242,6 @@ def _rollout(config, topology: Topology, mesh: Mesh, arch, graph, params, kept: 
       read,
     ),
   )
-  yield from programs_
 
 
 def _rolled_out(params, mesh: Mesh):

@@ -70,13 +70,12 @@ def run(config, workdir: Path) -> dict | None:
     try:
       for step in range(start, steps):
         begun, metrics = time.perf_counter(), {}
-        params = _sampled(state, policy, config)
         if step == 0 or (config.eval.every and step % config.eval.every == 0):
+          params = _sampled(state, policy, config)
           metrics = evaluate.accuracy(params, heldout, policy=policy, config=config)
+          del params  # no second copy of the weights waits while the update runs
         evaluated = time.perf_counter()
-        state, position, figures = _step(
-          state, params, position, step, source, policy, config, workdir
-        )
+        state, position, figures = _step(state, position, step, source, policy, config, workdir)
         done = step + 1
         metrics |= figures | {"time/evaluate": evaluated - begun}
         if done == steps or done % config.train.checkpoint_every == 0:
@@ -116,11 +115,11 @@ def _sampled(state, policy: setup.Setup, config):
   return hosts.local_copy(update.weights(state, config, policy.mesh), policy.mesh)
 
 
-def _step(
-  state, params, position: int, step: int, source, policy: setup.Setup, config, workdir: Path
-):
+def _step(state, position: int, step: int, source, policy: setup.Setup, config, workdir: Path):
   """Takes one step of the loop; returns the new state, data position and the step's figures."""
-  rollouts, position = _rollouts(params, position, step, source, policy, config)
+  sampled = _sampled(state, policy, config)
+  rollouts, position = _rollouts(sampled, position, step, source, policy, config)
+  del sampled
   begun = time.perf_counter()
   trees, reward, greedy = _join(rollouts, config.train.sampling_rounds * config.rollout.prompts)
   chosen = _chosen(rollouts, trees.size.shape[0], config)
