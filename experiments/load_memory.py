@@ -1,6 +1,6 @@
 """Host memory of loading a sharded checkpoint; what was loaded against what transformers has.
 
-python experiments/load_memory.py --folder=/tmp/load_memory --json=load_memory.json
+python experiments/load_memory.py --folder=runs/load_memory --json=load_memory.json
 
 Writes a random checkpoint of Qwen2.5-1.5B's shapes in bfloat16 (3.1 GB in files of at most 500 MB;
 --quick: 129 MB in files of 50), loads it in a fresh process onto a mesh of one CPU device, where
