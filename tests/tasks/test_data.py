@@ -194,21 +194,6 @@ def test_a_mix_continues_at_its_position(tmp_path):
   assert [p.id for p in take(other, 0, 40).prompts] != [p.id for p in whole.prompts]
 
 
-@pytest.mark.parametrize(("count", "hosts"), [(16, 1), (16, 2), (16, 8), (10, 4), (3, 4)])
-def test_hosts_take_their_parts_of_one_batch(count, hosts):
-  batch = take(make(), 0, count)
-  parts = [data.shard(batch, host, hosts) for host in range(hosts)]
-  assert [p for part in parts for p in part.prompts] == batch.prompts
-  assert {part.position for part in parts} == {batch.position}
-  sizes = [len(part.prompts) for part in parts]
-  assert max(sizes) - min(sizes) <= 1
-
-
-def test_a_host_that_is_not_there():
-  with pytest.raises(ValueError, match="host is 2; allowed: 0 to 1"):
-    data.shard(take(make(), 0, 4), 2, 2)
-
-
 def test_fingerprint():
   """What a copy of a question may differ in; numbers and words count."""
   text = r"Find $\frac{1}{2} + X$, if $X = 3$."

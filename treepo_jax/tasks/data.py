@@ -106,19 +106,6 @@ def take(source: Source, text: text_lib.Text, *, start: int, count: int, config)
   return Batch(list(prompts.values()), position, dropped)
 
 
-def shard(batch: Batch, host: int, hosts: int) -> Batch:
-  """Returns a host's part of a batch that every host has read.
-
-  Parts follow each other in the order of hosts and differ by at most one prompt. The position is
-  the whole batch's, the same on every host.
-  """
-  if not 0 <= host < hosts:
-    raise ValueError(f"host is {host}; allowed: 0 to {hosts - 1}")
-  count = len(batch.prompts)
-  part = batch.prompts[count * host // hosts : count * (host + 1) // hosts]
-  return dataclasses.replace(batch, prompts=part)
-
-
 def heldout(config, text: text_lib.Text) -> Batch:
   """Returns the fixed held-out prompts, set after set: the first config.eval.prompts of each."""
   batches = [_first(part, text, config) for part in _heldout_sets(config)]
