@@ -53,5 +53,5 @@ def test_a_policy_costs_two_operations_a_weight_and_token():
 
 def test_the_slowest_of_three_tells():
   chip = topology.CHIPS["v5e"]
-  assert cost.seconds(chip.flops, 0, 0, chip) == 1
+  assert cost.seconds(chip.flops, 0.0, 0.0, chip) == 1
   assert cost.seconds(chip.flops, 3 * chip.bandwidth, 2 * chip.links, chip) == 3

@@ -71,7 +71,7 @@ def test_a_plan_says_what_lies_where(tmp_path, capsys):
   parts = lambda spec: 2 ** sum(axis is not None for axis in spec)
   split = sum(4 * size / parts(spec) for size, spec in sizes)
   # Arrays are padded to tiles of 8 x 128, and halves of the embedding have a width of 64.
-  assert split <= steps["transfer"]["argument_bytes"] <= 1.5 * split
+  assert split <= steps["transfer"]["argument_bytes"] <= 2 * split
   # The weights, Adam's two averages and the reference, and the batch.
   assert 4 * split <= steps["update"]["argument_bytes"] <= 6 * split
   assert steps["transfer"]["collective_bytes"] > 0  # what fsdp had split comes together

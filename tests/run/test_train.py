@@ -196,7 +196,7 @@ def test_a_stop_signal_before_the_first_step_is_done_leaves_nothing(finished, tm
 
 
 # What rows are filled with, and so what is decoded twice, depends on how prompts lie on devices.
-COST = {f"rollout/{x}" for x in ("row_occupancy", "tokens_decoded", "decode_saving")}
+COST = {f"rollout/{x}" for x in ("row_steps", "row_occupancy", "tokens_decoded", "decode_saving")}
 COST |= {"rollout/kv_bytes_read_per_token", "rollout/kv_bytes_flat_per_token"}
 
 
