@@ -258,8 +258,8 @@ def test_prompts_one_at_a_time_give_the_same_trees():
 )
 def test_rows_groups_pages_and_unrolling_do_not_matter(changes, trees, unroll, monkeypatch):
   monkeypatch.setattr(programs, "PREFILL", 4)  # 9 prompts in three calls
-  monkeypatch.setattr(grow, "LEAST_ROWS", 1)  # as many sizes of the decoder as there can be
-  monkeypatch.setattr(grow, "LEAST_SHARED", 1)
+  monkeypatch.setattr(programs, "LEAST_ROWS", 1)  # as many sizes of the decoder as there can be
+  monkeypatch.setattr(programs, "LEAST_SHARED", 1)
   shape = settings(**changes)
   shape = dataclasses.replace(shape, unroll=unroll, pages=trees * shape.pages_of_tree)
   tree, cost = run(shape)
