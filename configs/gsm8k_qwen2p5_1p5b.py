@@ -8,12 +8,15 @@ python -m treepo_jax.main --config=configs/gsm8k_qwen2p5_1p5b.py --workdir=runs/
 DATA is that of configs/gsm8k.py. Not run: no TPU was at hand.
 """
 
-from configs import gsm8k
+import runpy
+from pathlib import Path
+
+BASE = runpy.run_path(str(Path(__file__).with_name("gsm8k.py")))
 
 
 def get_config():
   """Returns configs/gsm8k.py with Qwen2.5-1.5B, its state split over all chips."""
-  c = gsm8k.get_config()
+  c = BASE["get_config"]()
   c.model.path = "Qwen/Qwen2.5-1.5B"
   c.mesh.data = 1
   c.mesh.fsdp = -1

@@ -14,7 +14,10 @@ reward +1 and -1, 512 tokens of soft overlong cost. Its results, not ours (Overa
 1): grpo 46.63, tree_grpo 54.61, treepo 56.88, more_init 58.21. Not run: no TPU was at hand.
 """
 
-from configs import math
+import runpy
+from pathlib import Path
+
+BASE = runpy.run_path(str(Path(__file__).with_name("math.py")))
 
 PROBABILITY = {"rollout.allocation": "segment", "rollout.allocation_temperature": 2.0}
 MORE_INIT = {"rollout.initial_max": 8}  # two to eight first branches, drawn for each prompt
@@ -50,7 +53,7 @@ def get_config(variant: str = "treepo"):
   """Returns the data of configs/math.py with the paper's sizes, and what the variant changes."""
   if variant not in VARIANTS:
     raise ValueError(f"{variant!r} is none of the runs: {', '.join(VARIANTS)}")
-  c = math.get_config()
+  c = BASE["get_config"]()
   c.model.path = "Qwen/Qwen2.5-7B"
   c.mesh.data = 1
   c.mesh.fsdp = -1
